@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import observability as obs  # observability
 import titles
 
 HERE = Path(__file__).resolve().parent
@@ -75,6 +76,7 @@ def main(args: Hyperparameters | None = None) -> GPT:
     log = open_log(Path(os.environ.get("LOG") or HERE / "logs" / "mainrun.log"))
     log.info("hyperparameters_configured", **vars(args))
     log.info("device_info", device=device)
+    obs.init(config=args)  # observability
 
     data = Corpus(titles.load(os.environ.get("TITLES", ""), args.num_titles, args.seed), args)
     batches = data.batches
@@ -88,6 +90,7 @@ def main(args: Hyperparameters | None = None) -> GPT:
     log.info("model_info", parameters_count=sum(p.numel() for p in model.parameters()))
     opt = torch.optim.SGD(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=max_steps)
+    obs.watch(model, optimizer=opt, scheduler=scheduler)  # observability
 
     def evaluate() -> float:
         """Nats per character of the validation text: comparable whatever the vocabulary."""
@@ -107,6 +110,7 @@ def main(args: Hyperparameters | None = None) -> GPT:
     step = 0
     t0 = time.time()
     for epoch in range(1, args.epochs + 1):
+        if obs.skip_epoch(epoch): continue  # observability
         for _ in tqdm(range(1, batches + 1), desc=f"epoch {epoch}/{args.epochs}"):
             step += 1
             xb, yb, ptr = next_batch(train_ids, ptr, args)
@@ -123,6 +127,9 @@ def main(args: Hyperparameters | None = None) -> GPT:
                 val_loss = evaluate()
                 log_step("validation_step", step, val_loss)
                 tqdm.write(f"step {step:4d}/{max_steps}  val {val_loss:.6f}")
+                obs.validation(val_loss)  # observability
+            obs.step(step, loss=loss, tokens=xb.numel())  # observability
+    obs.finish()  # observability
     return model
 
 
