@@ -62,7 +62,7 @@ SMALL = Hyperparameters(
     n_layer=2,
     n_head=4,
     d_model=64,
-    lr=0.1,
+    lr=0.012,
     num_titles=8_000,
 )
 
