@@ -105,4 +105,4 @@ def test_the_cuda_bench_runs_its_logic_on_a_cpu(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(path.read_text())
     assert result["host"]["ours"]["median"] > 0
-    assert len(result["recipe"]["ratios"]) == result["recipe"]["pairs"]
+    assert len(result["recipe"]["ratio"]["all"]) == result["recipe"]["rounds"]

@@ -4,8 +4,8 @@ Three questions, answered as text and as JSON:
   host     how long does step() with a CUDA loss hold the host, while the GPU has work queued?
            beside SummaryWriter with loss.item() (where tensorboard is installed) and an empty call
   sync     does any call of ours wait for the device? sync debug mode "error" raises if one does
-  recipe   by what ratio is the observed reference recipe slower? both loops alternate in one
-           process, on the same model and the same random ids, and neighbours are compared
+  recipe   by what ratio is the observed reference recipe slower? in one process, on one model and
+           random ids, each observed stretch is compared with the unobserved ones around it
 
 Needs torch and this repository; no tokenizer and no headlines.
 """
@@ -57,13 +57,13 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the steps")
     parser.add_argument("--json", type=Path, default=HERE / "out" / "cuda.json")
-    parser.add_argument("--pairs", type=int, default=8, help="alternations of the recipe")
-    parser.add_argument("--steps", type=int, default=100, help="steps of each of their sides")
+    parser.add_argument("--rounds", type=int, default=8, help="alternations of the recipe")
+    parser.add_argument("--steps", type=int, default=100, help="steps of each of their stretches")
     # To see on any machine that the bench itself works; its figures then mean nothing.
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
-        args.pairs, args.steps = 2, 10
+        args.rounds, args.steps = 2, 10
     return args
 
 
@@ -233,35 +233,35 @@ def _raises(call: Callable[[], object]) -> bool:
 
 
 def recipe(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Observed over unobserved wall time; the order within a pair alternates.
+    """Wall time of an observed stretch over the mean of the unobserved ones before and after it.
 
-    The hook on the optimizer that notes the learning rate, a microsecond, stays on in both.
+    A steady drift of the clock cancels in that. `control` is the second of those over the first:
+    what the machine does by itself. The hook on the optimizer that notes the learning rate, a
+    microsecond, stays on in all of them.
     """
-    loop = Recipe(args.device)
-    ratios: list[float] = []
-    lengths: dict[bool, list[float]] = {True: [], False: []}
+    loop, steps = Recipe(args.device), args.steps
+    rounds: list[tuple[float, float, float]] = []
     with _observed("recipe", scratch, loop.model, optimizer=loop.optimizer,
                    scheduler=loop.scheduler):  # fmt: skip
         for observe in (False, True):
-            loop.run(max(5, args.steps // 5), observe)
-        for pair in range(args.pairs):
-            order = (False, True) if pair % 2 == 0 else (True, False)
-            taken = {observe: loop.run(args.steps, observe) for observe in order}
-            ratios.append(taken[True] / taken[False])
-            for observe, seconds in taken.items():
-                lengths[observe].append(seconds / args.steps * 1e3)
-    low, high = min(ratios), max(ratios)
+            loop.run(max(5, steps // 5), observe)
+        for _ in range(args.rounds):
+            before, observed, after = (loop.run(steps, observe) for observe in (False, True, False))
+            rounds.append((before, observed, after))
     return {
-        "ratio_median": statistics.median(ratios),
-        "ratio_min": low,
-        "ratio_max": high,
-        "ratios": ratios,
-        "unobserved_ms": statistics.median(lengths[False]),
-        "observed_ms": statistics.median(lengths[True]),
-        "pairs": args.pairs,
-        "steps": args.steps,
+        "ratio": _ratios([observed / ((before + after) / 2) for before, observed, after in rounds]),
+        "control": _ratios([after / before for before, _, after in rounds]),
+        "unobserved_ms": statistics.median(before for before, _, _ in rounds) / steps * 1e3,
+        "observed_ms": statistics.median(observed for _, observed, _ in rounds) / steps * 1e3,
+        "rounds": args.rounds,
+        "steps": steps,
         "parameters": sum(p.numel() for p in loop.model.parameters()),
     }
+
+
+def _ratios(ratios: list[float]) -> dict[str, Any]:
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios),
+            "all": ratios}  # fmt: skip
 
 
 class Recipe:

@@ -63,7 +63,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--every-pace", action="store_true",
                         help="kill at 2 ms a step, at 0.2 ms, at full speed")  # fmt: skip
     parser.add_argument("--long", action="store_true",
-                        help="memory over 10 million steps; takes minutes a peer")  # fmt: skip
+                        help="memory over 10 million steps: minutes and 4 GB")  # fmt: skip
     parser.add_argument("--ours", type=Path, default=HERE.parents[1] / "mainrun",
                         help="the folder that holds observability.py")  # fmt: skip
     parser.add_argument("--scratch", type=Path, help="where runs are written (default: TMPDIR)")

@@ -47,11 +47,13 @@ def _trial(lab: Lab, name: str, trial: int, pace_s: float) -> dict[str, float]:
     job = lab.job(name, ["until_killed"], pace_s=pace_s)
     Path(job.result).write_bytes(bytes(8))
     process = lab.spawn(job)
-    _wait_for_a_step(lab, process, job)
-    time.sleep(random.Random(trial).uniform(*lab.plan.kill_within_s))
-    below = processes.descendants(process.pid)
-    process.kill()
-    process.wait()
+    try:
+        _wait_for_a_step(lab, process, job)
+        time.sleep(random.Random(trial).uniform(*lab.plan.kill_within_s))
+        below = processes.descendants(process.pid)
+    finally:
+        process.kill()
+        process.wait()
     done = _steps_done(job)
     _let_orphans_finish(below)
     result = job.result + ".count"
@@ -69,7 +71,6 @@ def _wait_for_a_step(lab: Lab, process: subprocess.Popen[bytes], job: Job) -> No
             lab.finish(process, job)  # says why it ended
             raise SystemExit(f"{job.peer}: ended before its first step")
         if time.monotonic() > until:
-            process.kill()
             raise SystemExit(f"{job.peer}: no step within {_START_S:.0f} s")
         time.sleep(0.01)
 
