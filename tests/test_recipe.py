@@ -44,6 +44,7 @@ def tiny_run(tmp_path, monkeypatch):
         log = tmp_path / "run.log"
         monkeypatch.setenv("LOG", str(log))
         monkeypatch.setenv("DEVICE", "cpu")
+        monkeypatch.setenv("OBS_DISABLE", "1")
         monkeypatch.delenv("TITLES", raising=False)
         return train.main(dataclasses.replace(TINY, **changes)), read(log)
 
@@ -194,6 +195,16 @@ def test_too_small_a_corpus_says_what_it_makes_and_what_is_needed(tiny_run):
         tiny_run(num_titles=10)
 
 
+def test_small_baseline_is_of_this_preset_and_these_titles():
+    records = read(ROOT / "tests" / "baseline_small.log")
+    (stated,) = named(records, "hyperparameters_configured")
+    assert {key: stated[key] for key in vars(SMALL)} == vars(SMALL)
+    (data,) = named(records, "dataset_info")
+    assert data["sha256"] == titles.load("", SMALL.num_titles, SMALL.seed).sha256
+    corpus = train.Corpus(titles.load("", SMALL.num_titles, SMALL.seed), SMALL)
+    assert corpus.describe() == {key: data[key] for key in corpus.describe()}
+
+
 # --- The command line ---------------------------------------------------------------------
 
 
@@ -202,7 +213,7 @@ def command(cwd: Path, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(ROOT / "mainrun" / "train.py")],
         cwd=cwd,
-        env={**kept, "DEVICE": "cpu", **env},
+        env={**kept, "DEVICE": "cpu", "OBS_DISABLE": "1", **env},
         capture_output=True,
         text=True,
     )
