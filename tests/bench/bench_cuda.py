@@ -43,6 +43,8 @@ def main() -> None:
     args = _arguments()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("bench_cuda: this machine has no CUDA device; bench_step.py needs none")
+    if args.device == "cpu":
+        torch.set_num_threads(1)  # small steps on a busy machine: threads would wait for each other
     result: dict[str, Any] = {"machine": _machine(args.device), "quick": args.quick}
     with tempfile.TemporaryDirectory(prefix="bench-cuda-") as scratch:
         for question in (host, sync, recipe):

@@ -92,7 +92,7 @@ def compare(figures: Figures) -> dict[str, Any]:
     if ours is None:
         return {"ratios": {}, "targets": {}}
     ratios = {
-        name: {key: _ratio(values.get(key), ours.get(key)) for key in RATIOS}
+        name: {key: _ratio(values.get(key), ours[key]) for key in RATIOS if key in ours}
         for name, values in figures.items()
         if name != OURS
     }
