@@ -80,7 +80,7 @@ def _warn_once(message: str, said: set[str] = set()) -> None:  # noqa: B006, it 
     if message not in said:
         said.add(message)
         with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr may be closed
-            print(f"observability: {message}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"observability: {message}\n")
 
 
 def _fenced(method: Callable[P, R]) -> Callable[P, R | None]:
@@ -132,8 +132,9 @@ class Run:
         self._forms: dict[tuple[str, ...], _Form] = {}
         self._in_flight: deque[_InFlight] = deque()
         self._seq = self._drained = self._dropped = 0
+        self._stuck_at = -1  # how far the sinks were when the ring was last found full for long
         self._lock = threading.RLock()  # reentrant, for a signal handler that calls in
-        self._drain_lock = threading.RLock()
+        self._drain_lock = threading.Lock()
         self._sinks: list[Sink] = []
         self._rank = int(os.environ.get("RANK") or 0)
         disabled = os.environ.get("OBS_DISABLE", "0") not in ("", "0") or self._rank > 0
@@ -167,8 +168,9 @@ class Run:
         if self.settings.wandb:
             self._add_sink("W&B", lambda: WeightsAndBiases(self.name, config, self.dir))
         self._event("start", run=self.name)
-        self._stop = threading.Event()
-        threading.Thread(target=self._keep_draining, name="observability", daemon=True).start()
+        self._wake, self._stopping = threading.Event(), False
+        self._timer = threading.Thread(target=self._keep_draining, daemon=True)
+        self._timer.start()
         atexit.register(self._at_exit)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forget)
@@ -227,7 +229,7 @@ class Run:
             now = time.perf_counter()
             if step is None:
                 step = self.global_step + 1
-            elif step <= self.global_step:
+            elif step < self.global_step:
                 _warn_once(f"step {step} came after step {self.global_step}; both are recorded")
             record = {} if loss is None else {"loss/train": loss}
             record.update(self._lrs)
@@ -349,10 +351,11 @@ class Run:
 
     def _commit(self, form: _Form, wall: float, step: int, values: Sequence[float]) -> None:
         """From here on a SIGKILL does not lose the record."""
+        # Some slots are spare, for threads that pass here together. Never wait with the lock held.
+        if self._seq - self._drained >= Ring.SLOTS - 64 and not self._make_room():
+            self._dropped += 1
+            return
         with self._lock:
-            if self._seq - self._drained >= Ring.SLOTS and not self.drain():
-                self._dropped += 1
-                return
             seq = self._seq + 1
             form.slot.pack_into(
                 self._ring.memory, seq % Ring.SLOTS * Ring.SLOT,
@@ -362,9 +365,24 @@ class Run:
 
     # From the ring to the sinks.
 
+    def _make_room(self) -> bool:
+        """Have a full ring drained; False after a second in vain, as with a sink that hangs."""
+        if self._timer is threading.current_thread() or not self._timer.is_alive():
+            self.drain()
+        self._wake.set()
+        patience = time.monotonic() + (0 if self._drained == self._stuck_at else 1)
+        while self._seq - self._drained >= Ring.SLOTS - 64:
+            if time.monotonic() > patience:
+                self._stuck_at = self._drained
+                return False
+            time.sleep(0.0002)
+        return True
+
     def _keep_draining(self) -> None:
         sample_at = 0.0
-        while not self._stop.wait(self.settings.drain_interval):
+        while not self._stopping:
+            self._wake.wait(self.settings.drain_interval)
+            self._wake.clear()
             try:
                 if self.settings.system_interval > 0 and sample_at <= time.monotonic():
                     sample_at = time.monotonic() + self.settings.system_interval
@@ -372,23 +390,22 @@ class Run:
                 self.drain()
             except Exception as error:  # a device or a sink: the timer must outlive both
                 self._degrade("the timer", error)
+        self._close_sinks()
 
-    def drain(self, deadline: float = math.inf) -> bool:
-        """Hand what the ring holds to the sinks, until `deadline` on the monotonic clock.
-
-        False where another thread is at it for over a second, as with a sink that hangs.
-        """
-        if not self._drain_lock.acquire(timeout=0 if self._dropped else 1):
-            return False
-        try:
-            while self._drained < self._seq and time.monotonic() < deadline:
+    def drain(self) -> None:
+        """Hand what the ring holds to the sinks."""
+        with self._drain_lock:
+            while self._drained < self._seq:
                 # A slice at a time: each write lets the training's thread run.
                 upto = min(self._seq, self._drained + 64)
                 self._write([self._ring.get(seq) for seq in range(self._drained + 1, upto + 1)])
                 self._drained = upto
-        finally:
-            self._drain_lock.release()
-        return True
+
+    def _close_sinks(self) -> None:
+        self.drain()
+        while self._sinks:
+            with contextlib.suppress(Exception):  # a stranger's close; the journal is written
+                self._sinks.pop().close()
 
     def _write(self, records: list[Record]) -> None:
         for record in records:
@@ -436,19 +453,19 @@ class Run:
                 time.sleep(0.001)
         lost = self._dropped + len(self._in_flight)
         self._event("finish", status=status, lost=lost, degraded=", ".join(self.degraded))
-        self._open = False
-        self._stop.set()
+        self._open, self._stopping = False, True
         atexit.unregister(self._at_exit)
-        self.drain(deadline)
-        for sink in self._sinks:
-            with contextlib.suppress(Exception):  # a stranger's close; the journal is written
-                sink.close()
+        self._wake.set()
+        self._timer.join(max(0.0, deadline - time.monotonic()))
+        if not self._timer.is_alive():  # it may have been killed
+            self._close_sinks()
         self._save_json("results.json", self._results(status, lost) | _plain(results))
         if self.degraded:
             self._save_json("run_manifest.json", {**self._manifest, "degraded": self.degraded})
             _warn_once(f"at the end of the run these were off: {', '.join(self.degraded)}")
         # What could not be written stays in the ring, for whoever reads the run.
-        self._ring.close(delete=self._drained == self._seq and "Journal" not in self.degraded)
+        if self._drained == self._seq and "Journal" not in self.degraded:
+            self._ring.delete()
 
     def _results(self, status: str, lost: int) -> dict[str, Any]:
         best_loss, best_step = self.best or (None, None)
@@ -557,7 +574,7 @@ class Record(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         metrics = dict(zip(self.form.names, self.values, strict=True))
-        return {"schema": SCHEMA, "seq": self.seq, "time": self.wall, "step": self.step,
+        return {"schema": SCHEMA, "seq": self.seq, "time": round(self.wall, 6), "step": self.step,
                 "metrics": metrics, "tags": self.form.tags}  # fmt: skip
 
     def line(self) -> str:
@@ -614,11 +631,9 @@ class Ring:
         form = self._forms.get(blob) or self._forms.setdefault(blob, _Form(blob))
         return Record(form, seq, wall, step, form.slot.unpack_from(self.memory, at)[6:-1])
 
-    def close(self, delete: bool) -> None:
-        self.memory.close()
+    def delete(self) -> None:
         if self._path is not None:
-            if delete:
-                self._path.unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)
             os.close(self._fd)
 
     @classmethod
@@ -1067,11 +1082,18 @@ def read_run(run_dir: str | Path) -> Iterator[dict[str, Any]]:
     Raises:
         RunError: there is no journal, or it is of a newer schema.
     """
-    run_dir = Path(run_dir)
+    seq = 0
+    for record in _journal(Path(run_dir)):
+        seq = record["seq"]
+        yield record
+    for left in Ring.left_behind(Path(run_dir) / "metrics.ring", seq):
+        yield _strict(left.as_dict())
+
+
+def _journal(run_dir: Path) -> Iterator[dict[str, Any]]:
     shards = _shards(run_dir)
     if not shards:
         raise RunError(f"{run_dir} holds no metrics.ndjson; give the directory of a run")
-    seq = 0
     for line in (line for shard in shards for line in shard.open("rb")):
         with contextlib.suppress(ValueError):  # a torn line: the ring has the record
             record = json.loads(line)
@@ -1080,24 +1102,19 @@ def read_run(run_dir: str | Path) -> Iterator[dict[str, Any]]:
                     f"{run_dir} has schema {record['schema']}, this file knows up to {SCHEMA}; "
                     "use the observability.py that wrote it"
                 )
-            seq = record["seq"]
             yield record
-    for left in Ring.left_behind(run_dir / "metrics.ring", seq):
-        yield left.as_dict()
 
 
 def repair(run_dir: Path) -> None:
     """Make a killed run's journal whole: cut a torn last line, append what its ring still holds."""
     if alive(run_dir):
         return
-    left = list(read_run(run_dir))
+    written = max((record["seq"] for record in _journal(run_dir)), default=0)
     last = _shards(run_dir)[-1]
-    content = last.read_bytes()
-    os.truncate(last, content.rfind(b"\n") + 1)
-    written = sum(1 for shard in _shards(run_dir) for _ in shard.open("rb"))
+    os.truncate(last, last.read_bytes().rfind(b"\n") + 1)
+    left = Ring.left_behind(run_dir / "metrics.ring", written)
     fd = _append_to(last)
-    lines = [json.dumps(_strict(record)) + "\n" for record in left[written:]]
-    _write_all(fd, "".join(lines).encode())
+    _write_all(fd, "".join([record.line() for record in left]).encode())
     os.close(fd)
     (run_dir / "metrics.ring").unlink(missing_ok=True)
 
