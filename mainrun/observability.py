@@ -1133,11 +1133,14 @@ def alive(run_dir: Path) -> bool:
 
 def rebuild(run_dir: Path) -> Path:
     """Write the run's TensorBoard events anew from its journal, and return their directory."""
+    if alive(run_dir):
+        raise RunError(f"{run_dir} is still being written; rebuild it when the run has ended")
     repair(run_dir)
     records = list(read_run(run_dir))
     header = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     directory = Path(run_dir / header["tb_dir"]).resolve()
-    old = list(directory.glob("events.out.tfevents.*.obs"))
+    for old in directory.glob("events.out.tfevents.*.obs"):
+        old.unlink()  # first: the new file may get the name of an old one
     sink = TensorBoard(directory)
     forms: dict[bytes, _Form] = {}
     for record in records:
@@ -1146,8 +1149,6 @@ def rebuild(run_dir: Path) -> Path:
         values = [float(value) for value in record["metrics"].values()]
         sink.write([Record(form, record["seq"], record["time"], record["step"], values)])
     sink.close()
-    for path in old:
-        path.unlink()
     return directory
 
 
@@ -1171,8 +1172,8 @@ def summary(run_dir: Path) -> dict[str, Any]:
         "steps": steps,
         "train_loss": last.get("loss/train"),
         "val_loss": last.get("loss/val_step"),
-        "best_val_loss": best[0] if best[1] else None,
-        "best_step": best[1] or None,
+        "best_val_loss": best[0] if best[0] < math.inf else None,
+        "best_step": best[1] if best[0] < math.inf else None,
         "lr": last.get("lr"),
         "tokens_per_sec": speed,
         "wall_s": times[-1] - times[0] if times else 0.0,
@@ -1200,7 +1201,7 @@ def read_curve(path: Path) -> Curve:
             curve.dataset.update(line)
         elif event == "baseline_info":
             curve.about.update(line)
-        elif event == "validation_step":
+        elif event == "validation_step" and {"step", "loss"} <= line.keys():
             curve.points[int(line["step"])] = float(line["loss"])
         elif "loss/val_step" in line.get("metrics", {}):
             curve.points[int(line["step"])] = float(line["metrics"]["loss/val_step"])
@@ -1220,9 +1221,9 @@ def _log_lines(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             yield dict(json.loads(line))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             if number < len(lines):  # the last line may be torn, by a kill
-                raise LogError(f"{path}, line {number} is not JSON: {error}") from error
+                raise LogError(f"{path}, line {number} is no JSON object: {error}") from error
 
 
 def parity(log: Curve, baseline: Curve, tolerance: float, last_tolerance: float) -> dict[str, Any]:
@@ -1359,6 +1360,7 @@ def _cmd_rebuild(options: Any) -> int:
 
 def _cmd_tb(options: Any) -> int:
     import importlib.util
+    import signal
     import subprocess
 
     if importlib.util.find_spec("tensorboard") is None:
@@ -1367,10 +1369,13 @@ def _cmd_tb(options: Any) -> int:
     port = _free_port(options.port)
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(options.dir)]
     server = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port)])
-    print(f"http://127.0.0.1:{port} shows {options.dir} (pid {server.pid}; Ctrl-C ends it)")
+    where = f"http://127.0.0.1:{port} shows {options.dir}"
+    print(f"{where} (pid {server.pid}; Ctrl-C ends it)", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server ends with us
     with contextlib.suppress(KeyboardInterrupt):
         return server.wait()
     server.terminate()
+    server.wait()
     return 0
 
 
