@@ -97,6 +97,9 @@ def test_the_observed_run_equals_the_unobserved_one(tmp_path, unobserved, device
     journal = [(r["step"], r["metrics"]["loss/train"]) for r in obs.read_run(run_dir)
                if "loss/train" in r["metrics"]]  # fmt: skip
     assert journal == [(step, loss) for event, step, loss in observed[0] if "training" in event]
+    points = [(r["step"], r["metrics"]["loss/val_step"]) for r in obs.read_run(run_dir)
+              if "loss/val_step" in r["metrics"]]  # fmt: skip
+    assert points == [(step, loss) for event, step, loss in observed[0] if "validation" in event]
     assert not json.loads((run_dir / "results.json").read_text())["degraded"]
 
 

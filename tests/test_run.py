@@ -122,6 +122,23 @@ def test_a_step_with_an_evaluation_in_it_has_no_speed(open_run, run_dir):
     assert speeds == [False, True, False, True]
 
 
+@pytest.mark.parametrize("before_step", [True, False])
+def test_an_evaluation_is_at_the_step_whose_weights_it_saw(
+    open_run, run_dir, tiny_model, before_step
+):
+    model, optimizer = tiny_model
+    open_run()
+    obs.watch(model, optimizer=optimizer)
+    train_one_step(model, optimizer)
+    if before_step:
+        obs.validation(1.0)
+    obs.step(1, loss=1.0)
+    if not before_step:
+        obs.validation(1.0)
+    obs.finish()
+    assert [r["step"] for r in records(run_dir, "eval")] == [1]
+
+
 def test_log_records_anything_any_time(open_run, run_dir):
     open_run()
     obs.step(3, loss=1.0)
@@ -243,6 +260,34 @@ def test_training_log_has_evaluations_and_events(open_run, run_dir):
 def test_training_log_needs_no_structlog(open_run, run_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, "structlog", None)  # as where it is not installed
     test_training_log_has_evaluations_and_events(open_run, run_dir)
+
+
+# --- CUDA -----------------------------------------------------------------------------------------
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU on this machine")
+
+
+@cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_cuda_loss_is_recorded_without_waiting(open_run, run_dir, dtype, shape):
+    open_run()
+    busy = torch.randn(4096, 4096, device="cuda")
+    values = torch.arange(3000, device="cuda").to(dtype)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(1, 3000):
+            if step % 100 == 0:
+                busy = busy @ busy
+            obs.step(step, loss=values[step].reshape(shape), other=1.0)
+        obs.validation(values[7].reshape(shape))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    obs.finish()
+    got = [(r["step"], r["metrics"]["loss/train"]) for r in records(run_dir, "train")]
+    assert got == [(step, float(torch.tensor(step, dtype=dtype))) for step in range(1, 3000)]
+    assert records(run_dir, "eval")[0]["metrics"]["loss/val_step"] == 7.0
 
 
 # --- Off ------------------------------------------------------------------------------------------
