@@ -315,8 +315,8 @@ class Run:
         self._record("event", self.global_step, {}, event=event, **short)
 
     def _record(self, phase: str, step: int, metrics: Mapping[str, Any], **tags: Any) -> None:
-        while self._in_flight and self._in_flight[0].landed():
-            self._commit(*self._in_flight.popleft().unload())
+        if self._in_flight:
+            self._land()
         key = (phase, *metrics)
         form = None if tags else self._forms.get(key)
         values = list(metrics.values())
@@ -332,6 +332,14 @@ class Run:
             self._commit(form, time.time(), step, values)
         else:
             self._in_flight.append(_InFlight(form, time.time(), step, values))
+
+    def _land(self) -> None:
+        while True:
+            with self._lock:  # the timer lands them too
+                if not (self._in_flight and self._in_flight[0].landed()):
+                    return
+                flight = self._in_flight.popleft()
+            self._commit(*flight.unload())
 
     def _form(self, phase: str, metrics: Mapping[str, Any], tags: Mapping[str, Any]) -> _Form:
         key = (phase, *metrics)
@@ -391,6 +399,7 @@ class Run:
                 if self.settings.system_interval > 0 and sample_at <= time.monotonic():
                     sample_at = time.monotonic() + self.settings.system_interval
                     self._record("system", self.global_step, system_metrics())
+                self._land()
                 self.drain()
             except Exception as error:  # a device or a sink: the timer must outlive both
                 self._degrade("the timer", error)
@@ -451,10 +460,8 @@ class Run:
         deadline = time.monotonic() + self.settings.close_timeout
         self._end_epoch()
         while self._in_flight and time.monotonic() < deadline:
-            if self._in_flight[0].landed():
-                self._commit(*self._in_flight.popleft().unload())
-            else:
-                time.sleep(0.001)
+            self._land()
+            time.sleep(0.001)
         lost = self._dropped + len(self._in_flight)
         self._event("finish", status=status, lost=lost, degraded=", ".join(self.degraded))
         self._open, self._stopping = False, True
@@ -483,7 +490,7 @@ class Run:
             "final_val_loss": self._last.get("loss/val_step"),
             "best_val_loss": best_loss,
             "best_val_step": best_step,
-            **peak_memory(),
+            **{k.removeprefix("system/"): v for k, v in system_metrics().items() if "peak" in k},
             "degraded": self.degraded,
             "lost_records": lost,
         }
@@ -567,6 +574,10 @@ finish = _on_the_run(Run.finish)
 # --- Records --------------------------------------------------------------------------------------
 
 
+_HEAD = struct.Struct("<IQdqI")  # a slot's size, number, time, step, and the bytes of its form
+_TAIL = struct.Struct("<Q")  # its number again
+
+
 class Record(NamedTuple):
     """One line of the journal."""
 
@@ -614,7 +625,6 @@ class Ring:
 
     SLOT = 1024  # bytes of a record: some thirty metrics, a wider record is split
     SLOTS = 1024  # records between two drains; then the caller drains
-    _HEAD = struct.Struct("<IQdqI")
 
     def __init__(self, path: Path | None) -> None:
         self._path, self._fd = path, -1
@@ -629,11 +639,10 @@ class Ring:
         self.memory = mmap.mmap(self._fd, self.SLOT * self.SLOTS)
 
     def get(self, seq: int) -> Record:
-        at = seq % self.SLOTS * self.SLOT
-        _, _, wall, step, blob_size = self._HEAD.unpack_from(self.memory, at)
-        blob = self.memory[at + self._HEAD.size : at + self._HEAD.size + blob_size]
-        form = self._forms.get(blob) or self._forms.setdefault(blob, _Form(blob))
-        return Record(form, seq, wall, step, form.slot.unpack_from(self.memory, at)[6:-1])
+        record = _unpack(self.memory, seq % self.SLOTS * self.SLOT, self._forms)
+        if record is None:
+            raise RunError(f"record {seq} in the ring is damaged")
+        return record
 
     def delete(self) -> None:
         if self._path is not None:
@@ -643,19 +652,20 @@ class Ring:
     @classmethod
     def left_behind(cls, path: Path, after: int) -> list[Record]:
         """The whole records numbered above `after` in a dead or a living run's ring."""
-        try:
-            content = path.read_bytes()
-        except OSError:
-            return []
-        ring = cls(None)
-        ring.memory[: len(content)] = content
-        whole = []
-        for at in range(0, len(content), cls.SLOT):
-            size, seq = struct.unpack_from("<IQ", content, at)
-            if seq > after and size <= cls.SLOT:
-                last = struct.unpack_from("<Q", content, at + size - 8)[0]
-                whole += [seq] if seq == last else []
-        return [ring.get(seq) for seq in sorted(whole)]
+        content = path.read_bytes() if path.exists() else b""
+        found = [_unpack(content, at, {}) for at in range(0, len(content), cls.SLOT)]
+        whole = [record for record in found if record is not None and record.seq > after]
+        return sorted(whole, key=operator.attrgetter("seq"))
+
+
+def _unpack(memory: Any, at: int, forms: dict[bytes, _Form]) -> Record | None:
+    """The record in the slot that begins at `at`; None where there is none, or a torn one."""
+    size, seq, wall, step, blob_size = _HEAD.unpack_from(memory, at)
+    if not _HEAD.size <= size <= Ring.SLOT or seq != _TAIL.unpack_from(memory, at + size - 8)[0]:
+        return None
+    blob = bytes(memory[at + _HEAD.size : at + _HEAD.size + blob_size])
+    form = forms.get(blob) or forms.setdefault(blob, _Form(blob))
+    return Record(form, seq, wall, step, form.slot.unpack_from(memory, at)[6:-1])
 
 
 class _Landing:
@@ -913,20 +923,17 @@ def script_dir() -> Path:
     return Path(main).resolve().parent if main else Path.cwd()
 
 
-def run_command(*command: str) -> str | None:
-    """What the command prints; None where it is missing, fails, or takes over 2 s."""
+def git_commit() -> str | None:
+    """`GIT_SHA`, else HEAD of the script's repository; None outside git, or after 2 s."""
     import subprocess
 
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=2, cwd=script_dir())
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def git_commit(run: Callable[..., str | None] = run_command) -> str | None:
-    """`GIT_SHA`, else HEAD of the training script's repository; None outside git."""
-    return os.environ.get("GIT_SHA") or run("git", "rev-parse", "HEAD")
+    if given := os.environ.get("GIT_SHA"):
+        return given
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=script_dir(), timeout=2,
+                              capture_output=True, text=True)  # fmt: skip
+        return head.stdout.strip() or None
+    return None
 
 
 def manifest(commit: str | None) -> dict[str, Any]:
@@ -964,21 +971,11 @@ def _torch_facts() -> dict[str, Any]:
 
 
 def system_metrics() -> dict[str, float]:
-    """Of this process: processor time, memory, and what torch holds on the device. No sync."""
-    facts = {"system/cpu_seconds": time.process_time()}
+    """Seconds and bytes of this process, and what torch holds on the device. No sync."""
+    facts: dict[str, Any] = {"cpu_seconds": time.process_time()}
     with contextlib.suppress(OSError):  # Linux has it
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        facts["system/rss_bytes"] = float(pages * mmap.PAGESIZE)
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        facts["system/cuda_allocated_bytes"] = float(torch.cuda.memory_allocated())
-        facts["system/cuda_reserved_bytes"] = float(torch.cuda.memory_reserved())
-    return facts
-
-
-def peak_memory() -> dict[str, int]:
-    """Bytes: of the host, and of the device where torch has used one."""
-    facts = {}
+        facts["rss_bytes"] = pages * mmap.PAGESIZE
     with contextlib.suppress(ImportError):  # Windows
         import resource
 
@@ -986,8 +983,9 @@ def peak_memory() -> dict[str, int]:
         facts["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
+        facts["cuda_allocated_bytes"] = torch.cuda.memory_allocated()
         facts["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
-    return facts
+    return {f"system/{name}": float(value) for name, value in facts.items()}
 
 
 def _plain(value: Any, name: str = "") -> Any:
@@ -1390,23 +1388,15 @@ def _cmd_rebuild(options: Any) -> int:
 
 def _cmd_tb(options: Any) -> int:
     import importlib.util
-    import signal
-    import subprocess
 
     if importlib.util.find_spec("tensorboard") is None:
         install = f"{sys.executable} -m pip install tensorboard"
         raise ObservabilityError(f"TensorBoard is not installed; {install}")
     port = _free_port(options.port)
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(options.dir)]
-    server = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port)])
-    where = f"http://127.0.0.1:{port} shows {options.dir}"
-    print(f"{where} (pid {server.pid}; Ctrl-C ends it)", flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server ends with us
-    with contextlib.suppress(KeyboardInterrupt):
-        return server.wait()
-    server.terminate()
-    server.wait()
-    return 0
+    url = f"http://127.0.0.1:{port}"
+    print(f"{url} shows {options.dir} (pid {os.getpid()}; Ctrl-C ends it)", flush=True)
+    server = [sys.executable, "-m", "tensorboard.main", "--logdir", str(options.dir)]
+    os.execv(sys.executable, [*server, "--host", "127.0.0.1", "--port", str(port)])
 
 
 def _free_port(first: int) -> int:

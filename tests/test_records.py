@@ -284,6 +284,7 @@ print("done")
     assert steps[-1] == 50_000
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_killed_timer_loses_nothing(open_run, run_dir):
     """A SystemExit thrown into the thread ends it for real; the script's thread then drains."""
     open_run(drain_interval=0.01)
