@@ -23,6 +23,7 @@ train: $(STAMP) ## train the reference recipe, observed, and compare it with its
 
 # 2 says that no baseline fits these titles, which is no fault of the run.
 parity: $(STAMP) ## compare the last training's validation losses with the baselines
+	@test -e $(LOG) || { echo "$(LOG) is missing; make train writes it" >&2; exit 2; }
 	@$(PY) mainrun/observability.py parity $(LOG) $(BASELINES) || [ $$? -eq 2 ]
 
 tb: $(STAMP) ## show the curves: TensorBoard on this machine's loopback

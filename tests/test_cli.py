@@ -458,3 +458,14 @@ def test_tb_says_when_no_port_is_free():
         for port in range(50_000, 50_100):
             stack.enter_context(busy_port(port))
         assert "ports 50000 to 50099 are taken" in refusal("tb", "--port", "50000")
+
+
+# --- make -----------------------------------------------------------------------------------------
+
+
+def test_make_parity_without_a_log_fails_and_says_what_writes_it(tmp_path):
+    log = tmp_path / "missing.log"
+    done = subprocess.run(["make", "-o", ".venv/.stamp", "parity", f"LOG={log}"], cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2
+    assert f"{log} is missing; make train writes it" in done.stderr
