@@ -178,7 +178,10 @@ class Run:
             os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
-        self._open = False  # a forked loader's worker: the run is its parent's
+        """In a forked worker: the run is its parent's, and so is the lock that says it lives."""
+        if self._open:
+            self._open = False
+            self._ring.close()
 
     def __enter__(self) -> Run:
         return self
@@ -474,8 +477,10 @@ class Run:
             self._save_json("run_manifest.json", {**self._manifest, "degraded": self.degraded})
             _warn_once(f"at the end of the run these were off: {', '.join(self.degraded)}")
         # What could not be written stays in the ring, for whoever reads the run.
-        if self._drained == self._seq and "Journal" not in self.degraded:
-            self._ring.delete()
+        if self.dir and self._drained == self._seq and "Journal" not in self.degraded:
+            (self.dir / "metrics.ring").unlink(missing_ok=True)
+        if not self._timer.is_alive():
+            self._ring.close()
 
     def _results(self, status: str, lost: int) -> dict[str, Any]:
         best_loss, best_step = self.best or (None, None)
@@ -632,7 +637,7 @@ class Ring:
     SLOTS = 256
 
     def __init__(self, path: Path | None) -> None:
-        self._path, self._fd = path, -1
+        self._fd = -1
         self._forms: dict[bytes, _Form] = {}
         if path is None:  # no place for a file: a plain queue
             self.memory = mmap.mmap(-1, self.SLOT * self.SLOTS)
@@ -640,16 +645,16 @@ class Ring:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         # Write every block now: a store to a hole on a full disk is a SIGBUS, not an error.
         _write_all(self._fd, bytes(self.SLOT * self.SLOTS))
-        _lock_file(self._fd)  # says that the run is alive; a worker does not inherit it
+        _lock_file(self._fd)  # says that the run is alive
         populate = getattr(mmap, "MAP_POPULATE", 0)  # Linux: no page fault at first touch
         self.memory = mmap.mmap(self._fd, self.SLOT * self.SLOTS, mmap.MAP_SHARED | populate)
 
     def get(self, seq: int) -> Record | None:
         return _unpack(self.memory, seq % self.SLOTS * self.SLOT, self._forms)
 
-    def delete(self) -> None:
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+    def close(self) -> None:
+        self.memory.close()
+        if self._fd >= 0:
             os.close(self._fd)
 
     @classmethod
@@ -1052,7 +1057,7 @@ def _lock_file(fd: int) -> bool:
     """Whether the file is ours alone now; a lock that ends with the process."""
     with contextlib.suppress(OSError):
         if fcntl is not None:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     return False
 
