@@ -136,7 +136,7 @@ class Run:
         self._seq = self._drained = self._dropped = 0
         self._stuck_at = -1  # how far the sinks were when the ring was last found full for long
         self._lock = threading.RLock()  # reentrant, for a signal handler that calls in
-        self._drain_lock = threading.Lock()
+        self._drain_lock, self._landing = threading.Lock(), threading.Lock()
         self._sinks: list[Sink] = []
         self._rank = int(os.environ.get("RANK") or 0)
         disabled = os.environ.get("OBS_DISABLE", "0") not in ("", "0") or self._rank > 0
@@ -335,12 +335,12 @@ class Run:
             self._in_flight.append(_InFlight(form, time.time(), step, values))
 
     def _land(self) -> None:
-        while True:
-            with self._lock:  # the timer lands them too
-                if not (self._in_flight and self._in_flight[0].landed()):
-                    return
-                flight = self._in_flight.popleft()
-            self._commit(*flight.unload())
+        if self._landing.acquire(blocking=False):  # one thread at a time, to keep their order
+            try:
+                while self._in_flight and self._in_flight[0].landed():
+                    self._commit(*self._in_flight.popleft().unload())
+            finally:
+                self._landing.release()
 
     def _form(self, phase: str, metrics: Mapping[str, Any], tags: Mapping[str, Any]) -> _Form:
         key = (phase, *metrics)
@@ -693,11 +693,12 @@ class _Landing:
         self._cell = self._free.popleft()
         tensor, bits, _ = self._cell
         bits.value = self._ABSENT
-        tensor.copy_(value.detach().float().reshape(1), non_blocking=True)
+        value = value.detach().float()
+        tensor.copy_(value.reshape(()) if value.dim() else value, non_blocking=True)
 
     @staticmethod
     def _allocate(count: int) -> Iterator[tuple[Any, Any, Any]]:
-        for tensor in sys.modules["torch"].empty(count, pin_memory=True).split(1):
+        for tensor in sys.modules["torch"].empty(count, pin_memory=True).unbind():
             at = tensor.data_ptr()
             yield tensor, ctypes.c_uint32.from_address(at), ctypes.c_float.from_address(at)
 
