@@ -318,18 +318,14 @@ class Run:
     def _record(self, phase: str, step: int, metrics: Mapping[str, Any], **tags: Any) -> None:
         if self._in_flight:
             self._land()
-        values = [*metrics.values()]
-        if not tags and _ONLY_FLOATS.issuperset(map(type, values)):
-            form = self._forms.get((phase, *metrics))
-            if form is not None:
-                self._commit(form, time.time(), step, values)
-                return
-        numbers = {k: n for k, v in metrics.items() if (n := _number(k, v)) is not None}
-        form = self._form(phase, numbers, tags)
-        values = list(numbers.values())
+        values = [v if v.__class__ is float else _number(k, v) for k, v in metrics.items()]
+        if None in values:
+            metrics = {k: v for k, v in zip(metrics, values, strict=True) if v is not None}
+            values = [*metrics.values()]
+        form = self._form(phase, metrics, tags)
         if form.size > Ring.SLOT:
-            self._record_halves(phase, step, metrics, tags)
-        elif all(type(value) is float for value in values):
+            self._record_halves(phase, step, dict(zip(metrics, values, strict=True)), tags)
+        elif _ONLY_FLOATS.issuperset(map(type, values)):
             self._commit(form, time.time(), step, values)
         else:
             self._in_flight.append(_InFlight(form, time.time(), step, values))
@@ -344,8 +340,8 @@ class Run:
 
     def _form(self, phase: str, metrics: Mapping[str, Any], tags: Mapping[str, Any]) -> _Form:
         key = (phase, *metrics)
-        if not tags and key in self._forms:
-            return self._forms[key]
+        if not tags and (known := self._forms.get(key)):
+            return known
         everything = {"phase": phase, "rank": self._rank, **tags}
         form = _Form(json.dumps([everything, *map(str, metrics)]).encode())
         if not tags and len(self._forms) < 1000:  # a script may make up names without end
@@ -719,7 +715,10 @@ class _InFlight(NamedTuple):
     values: list[Any]
 
     def landed(self) -> bool:
-        return all(value.landed() for value in self.values if type(value) is _Landing)
+        for value in self.values:  # a plain loop: each step passes here
+            if value.__class__ is _Landing and not value.landed():
+                return False
+        return True
 
     def unload(self) -> tuple[_Form, float, int, list[float]]:
         values = [v.take() if type(v) is _Landing else v for v in self.values]
@@ -729,6 +728,8 @@ class _InFlight(NamedTuple):
 def _number(name: str, value: Any) -> Any:
     """A float; what a CUDA value will land in; None for what is no number."""
     try:
+        if value.__class__ is _Landing:
+            return value
         if getattr(value, "is_cuda", False) and value.numel() == 1:
             return _Landing(value)
         return float(value.item() if hasattr(value, "item") else value)
