@@ -140,12 +140,13 @@ class Run:
         self._sinks: list[Sink] = []
         self._rank = int(os.environ.get("RANK") or 0)
         disabled = os.environ.get("OBS_DISABLE", "0") not in ("", "0") or self._rank > 0
-        self._open = enabled and not disabled
-        if self._open:
-            self._start(_plain(config), Path(out_dir), Path(tb_dir))
+        self._hooks: list[Any] = []
+        self._open = False
+        if enabled and not disabled:
+            self._open = bool(self._start(_plain(config), Path(out_dir), Path(tb_dir)))
 
     @_fenced
-    def _start(self, config: Any, out_dir: Path, tb_dir: Path) -> None:
+    def _start(self, config: Any, out_dir: Path, tb_dir: Path) -> bool:
         stamp = time.strftime("%Y-%m-%dT%H-%M-%S", time.localtime(self._started))
         commit = git_commit()
         tb_run = script_dir() / tb_dir / f"{self.name or 'run'}_{stamp}"
@@ -176,6 +177,7 @@ class Run:
         atexit.register(self._at_exit)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forget)
+        return True
 
     def _forget(self) -> None:
         """In a forked worker: the run is its parent's, and so is the lock that says it lives."""
@@ -211,7 +213,11 @@ class Run:
             self._stepped = True
             self._lrs[name] = optimizer.param_groups[0]["lr"]  # of this step, not of the next
 
-        getattr(optimizer, "optimizer", optimizer).register_step_post_hook(note)
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # inside a wrapper
+        if hasattr(optimizer, "register_step_post_hook"):
+            self._hooks.append(optimizer.register_step_post_hook(note))
+        else:
+            _warn_once(f"{name} is not recorded, {type(optimizer).__name__} takes no step hook")
 
     def step(
         self, /, step: int | None = None, *, loss: Any = None, tokens: Any = None,
@@ -464,6 +470,8 @@ class Run:
         self._event("finish", status=status, lost=lost, degraded=", ".join(self.degraded))
         self._open, self._stopping = False, True
         atexit.unregister(self._at_exit)
+        for hook in self._hooks:
+            hook.remove()
         self._wake.set()
         self._timer.join(max(0.0, deadline - time.monotonic()))
         if not self._timer.is_alive():  # it may have been killed
