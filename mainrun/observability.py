@@ -377,6 +377,8 @@ class Run:
                 form.size, seq, wall, step, len(form.blob), form.blob, *values, seq,
             )  # fmt: skip
             self._seq = seq
+        if seq % (Ring.SLOTS // 2) == 0:
+            self._wake.set()  # long before it is full
 
     # From the ring to the sinks.
 
