@@ -141,6 +141,7 @@ class Run:
         self._rank = int(os.environ.get("RANK") or 0)
         disabled = os.environ.get("OBS_DISABLE", "0") not in ("", "0") or self._rank > 0
         self._hooks: list[Any] = []
+        self._wake, self._stopping = threading.Event(), False
         self._open = False
         if enabled and not disabled:
             self._open = bool(self._start(_plain(config), Path(out_dir), Path(tb_dir)))
@@ -171,7 +172,6 @@ class Run:
         if self.settings.wandb:
             self._add_sink("W&B", lambda: WeightsAndBiases(self.name, config, self.dir))
         self._event("start", run=self.name)
-        self._wake, self._stopping = threading.Event(), False
         self._timer = threading.Thread(target=self._keep_draining, daemon=True)
         self._timer.start()
         atexit.register(self._at_exit)
