@@ -21,6 +21,7 @@ import errno
 import fcntl
 import io
 import json
+import math
 import mmap
 import os
 import random
@@ -107,10 +108,13 @@ class CheckpointStore:
         return final
 
     def _next_sequence(self) -> int:
-        return 1 + max((_sequence(path) for path in _step_dirs(self.directory)), default=0)
+        return 1 + int(max(map(_sequence, self._readable()), default=0))
+
+    def _readable(self) -> list[Path]:
+        return [path for path in _step_dirs(self.directory) if _sequence(path) < math.inf]
 
     def _retain(self) -> None:
-        newest_first = _step_dirs(self.directory)
+        newest_first = self._readable()
         keep = {*newest_first[: self.keep_last], self.resumed_from, best_ckpt(self.directory)}
         for path in newest_first:
             if path not in keep:
@@ -166,6 +170,20 @@ def is_valid_ckpt(path: str | Path) -> bool:
     return ckpt_damage(path) is None
 
 
+def publish_weights(checkpoint: Path, target: str | Path) -> None:
+    """Put a checkpoint's model.pth at `target` as well, whole or not at all, without a copy."""
+    target = Path(target)
+    _make_dirs(target.parent)
+    staging = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    staging.unlink(missing_ok=True)
+    try:
+        os.link(checkpoint / "model.pth", staging)
+    except OSError:  # another file system, or one without links
+        _write(staging, lambda out: out.write((checkpoint / "model.pth").read_bytes()))
+    os.replace(staging, target)
+    _sync_dir(target.parent)
+
+
 def ckpt_damage(path: str | Path) -> str | None:
     """What is wrong with a checkpoint, in words; None when every byte checks."""
     path = Path(path)
@@ -201,8 +219,9 @@ def _state_or_empty(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _sequence(path: Path) -> int:
-    return int(_state_or_empty(path).get("sequence", 0))
+def _sequence(path: Path) -> float:
+    """The number of its commit; infinite for an unreadable one: it may be the newest."""
+    return float(_state_or_empty(path).get("sequence", math.inf))
 
 
 def _step_dirs(directory: Path) -> list[Path]:
@@ -359,11 +378,36 @@ def restore(
 
 def load_file(path: str | Path, name: str, *, mmap: bool = False) -> Any:
     """One file of a checkpoint on the CPU. Data only: a pickle that would run code is refused."""
-    torch = _torch()
+    file = Path(path) / name
     try:
-        return torch.load(Path(path) / name, map_location="cpu", weights_only=True, mmap=mmap)
+        return _load(file, mmap)
     except Exception as error:  # unpickling raises whatever the bytes make it raise
-        raise CheckpointError(f"cannot load {Path(path) / name}: {error}") from error
+        raise CheckpointError(f"cannot load {file}: {error}") from error
+
+
+def _load(file: Any, mmap: bool = False) -> Any:
+    torch = _torch()
+    with torch.serialization.safe_globals(_numpy_types()):
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def _check_loads(tree: Any) -> None:
+    """Raise now what a resume would raise: the tree goes out and in, without its tensors' bytes."""
+    torch = _torch()
+    twin, tensors = _split(tree)
+    file = io.BytesIO()
+    torch.save(_join(twin, [torch.empty(0)] * len(tensors)), file)
+    file.seek(0)
+    _load(file)
+
+
+def _numpy_types() -> list[Any]:
+    """What pickled numbers and arrays of numpy are made of: a learning rate is often one."""
+    if (numpy := sys.modules.get("numpy")) is None:
+        return []
+    makers = [numpy.float64(0).__reduce__()[0], numpy.zeros(0).__reduce__()[0]]
+    kinds = {type(numpy.dtype(code)) for code in "?bhilqBHILQefdgFD"}
+    return [*makers, *kinds, numpy.dtype, numpy.ndarray]
 
 
 def _check_names(own: Mapping[str, Any], saved: Mapping[str, Any], path: str | Path) -> None:
@@ -442,6 +486,7 @@ class Saver:
         self._arena: _Arena | None = None
         self._thread: threading.Thread | None = None
         self._last_step: int | None = None
+        self._checked = False
 
     def prepare(self, parts: Mapping[str, Any]) -> None:
         """Reserve the memory for this state in the background: up to seconds for 4 GB on a GPU."""
@@ -506,6 +551,9 @@ class Saver:
         files = {n: lambda out, tree=tree: torch.save(tree, out) for n, tree in whole.items()}
         files |= {n: lambda out, data=data: out.write(data) for n, data in also.items()}
         reserve = {name: _bytes_of(tree) for name, tree in whole.items()}
+        if not self._checked:  # once: what a resume would refuse must not pass for saved
+            _check_loads(whole)
+            self._checked = True
         self._on_saved(self.store.commit(step, files, state, reserve=reserve))
 
     def _start(self, job: Callable[[], Any], complaint: str) -> None:
