@@ -31,15 +31,15 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 Warn = Callable[[str], None]
@@ -483,7 +483,9 @@ class Saver:
     ) -> None:
         self.store, self._optimizers, self._warn, self._on_saved = store, optimizers, warn, on_saved
         self.skipped = self.failed = 0  # skipped: came while another one was being written
+        self._memory: _HostMemory | None = None
         self._arena: _Arena | None = None
+        self._hooked = False
         self._thread: threading.Thread | None = None
         self._last_step: int | None = None
         self._checked = False
@@ -515,6 +517,7 @@ class Saver:
             arena = self._fit(tensors)
             tensors = arena.fill(tensors)
         except Exception as error:  # a stranger's state, or no memory: the training goes on
+            self._arena = None
             self._fail(f"step {step} was not saved", error)
             return False
         self._last_step = step
@@ -536,9 +539,23 @@ class Saver:
 
     def _fit(self, tensors: Sequence[Tensor]) -> _Arena:
         if self._arena is None or not self._arena.fits(tensors):
-            old, self._arena = self._arena, None
-            self._arena = _Arena(tensors, self._optimizers, old)
+            self._arena = None
+            self._arena = _Arena(tensors, _changed_by_step(self._optimizers), self._reserve)
+            if self._arena.overlaps and not self._hooked:
+                self._hooked = True
+                for optimizer in self._optimizers:
+                    optimizer.register_step_pre_hook(self._hold_step)
         return self._arena
+
+    def _reserve(self, size: int) -> _HostMemory:
+        if self._memory is None or self._memory.size < size:
+            self._memory = None  # first, so that the two never exist together
+            self._memory = _HostMemory(size)
+        return self._memory
+
+    def _hold_step(self, *_: Any) -> None:
+        if self._arena is not None:
+            self._arena.hold_step()
 
     def _write(
         self, step: int, twins: Mapping[str, Any], arena: _Arena, tensors: Sequence[Tensor],
@@ -572,7 +589,7 @@ class Saver:
 
     def _fail(self, complaint: str, error: Exception) -> None:
         self.failed += 1
-        self._arena = self._last_step = None
+        self._last_step = None
         self._warn(f"{complaint}: {error}; earlier checkpoints in {self.store.directory} "
                    "are untouched, the training goes on")  # fmt: skip
 
@@ -587,36 +604,36 @@ class _Arena:
     """
 
     def __init__(
-        self, tensors: Sequence[Tensor], optimizers: Sequence[Any], old: _Arena | None
+        self, tensors: Sequence[Tensor], late: set[_Key], reserve: Callable[[int], _HostMemory]
     ) -> None:
+        self.overlaps = False  # whether the optimizer has to wait for copies
         self._known = {t.data_ptr() for t in tensors} - {0}
         self._on_host: list[tuple[int, int, int]] = []  # to, of, bytes
         self._now: list[_Copies] = []  # in the order of the loop's own stream
-        self._behind: list[tuple[Any, list[_Copies]]] = []
+        self._behind: list[tuple[Any, list[_Copies]]] = []  # on a stream of their own
         self._arrivals: list[Any] = []  # CUDA events
-        self._pending: list[Any] = []  # what the optimizer has yet to wait for
+        self._pending: list[Any] = []  # those that the optimizer has yet to wait for
+        # These storages stay alive with us, so an address cannot come to mean another tensor.
         storages = {_key(t): t.untyped_storage() for t in tensors}
-        # These keep the storages alive, so an address cannot come to mean another tensor.
-        ordered = sorted(storages.items(), key=lambda item: str(item[1].device))
-        self._offsets: dict[tuple[int, int], int] = {}
+        by_device: dict[Any, dict[_Key, Any]] = {}
+        for key, storage in storages.items():
+            by_device.setdefault(storage.device, {})[key] = storage
+        self._offsets: dict[_Key, int] = {}
         end = 0
-        for key, storage in ordered:
+        for key in (key for group in by_device.values() for key in group):
             self._offsets[key] = end
-            end += -(-storage.nbytes() // 64) * 64
-        reuse = old is not None and len(old._memory) >= end
-        self._memory: Tensor = old._memory if old and reuse else _host_memory(end)
-        late = _changed_by_step(optimizers)
-        for device in dict.fromkeys(storage.device for _, storage in ordered):
-            here = {key: s for key, s in ordered if s.device == device and s.nbytes()}
-            if device.type == "cuda" and here:
-                self._plan_cuda(device, here, late, optimizers)
+            end += -(-key[1] // 64) * 64
+        self._host = reserve(end)
+        for device, group in by_device.items():
+            if device.type == "cuda":
+                self._plan_cuda(device, group, late)
             else:
-                self._on_host += self._pieces(here)
+                self._on_host += self._pieces(group)
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether all but a little has a place: RNG states and batches are new at each save."""
         strays = (t for t in tensors if t.data_ptr() not in self._known)
-        return 10 * sum(t.numel() * t.element_size() for t in strays) <= len(self._memory) + _CHUNK
+        return 10 * sum(t.numel() * t.element_size() for t in strays) <= self._host.size + _CHUNK
 
     def fill(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Copy the state as it is now, in the order of the loop's streams. Never waits for one.
@@ -648,7 +665,7 @@ class _Arena:
     def host_tensors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The copies of `tensors`, on storages of their own: torch.save writes storages whole."""
         torch = _torch()
-        memory = self._memory.untyped_storage()
+        memory = self._host.bytes.untyped_storage()
         own = {key: memory[at : at + key[1]] for key, at in self._offsets.items()}
 
         def copy_of(t: Any) -> Any:
@@ -659,38 +676,35 @@ class _Arena:
 
         return [copy_of(t) for t in tensors]
 
-    def _plan_cuda(
-        self, device: torch.device, storages: Mapping[_Key, Any], late: set[_Key],
-        optimizers: Sequence[Any],
-    ) -> None:  # fmt: skip
-        torch = _torch()
-        _pin(self._memory)
-        first = min(self._offsets[key] for key in storages)
-        size = max(self._offsets[key] + key[1] for key in storages) - first
-        host = self._memory[first : first + size]
-        side = torch.cuda.Stream(device)
-        free, total = torch.cuda.mem_get_info(device)
-        if free - size > total // 10:  # what is left must do for the largest step still to come
-            staging = torch.empty(size, dtype=torch.uint8, device=device)
-            self._now += self._copies(storages, staging, first)
-            self._behind.append((side, [([host], [staging])]))
-            return
-        early = {key: s for key, s in storages.items() if key not in late}
-        rest = {key: s for key, s in storages.items() if key in late}
-        self._now += self._copies(early, self._memory, 0)
-        self._behind.append((side, self._copies(rest, self._memory, 0)))
-        for optimizer in optimizers:
-            optimizer.register_step_pre_hook(self._hold_step)
-
-    def _hold_step(self, *_: Any) -> None:
+    def hold_step(self) -> None:
+        """Let the device, not the host, wait before the state changes under a copy."""
         torch = _torch()
         pending, self._pending = self._pending, []
         for event in pending:
             torch.cuda.current_stream(event.device).wait_event(event)
 
+    def _plan_cuda(self, device: Any, storages: Mapping[_Key, Any], late: set[_Key]) -> None:
+        torch = _torch()
+        self._host.pin()
+        first = min(self._offsets[key] for key in storages)
+        size = max(self._offsets[key] + key[1] for key in storages) - first
+        side = torch.cuda.Stream(device)
+        free, total = torch.cuda.mem_get_info(device)
+        if free - size > total // 10:  # what is left must do for the largest step still to come
+            staging = torch.empty(size, dtype=torch.uint8, device=device)
+            self._now += self._copies(storages, staging, first)
+            self._behind.append((side, [([self._host.bytes[first : first + size]], [staging])]))
+            return
+        # Parameters and their statistics rest until the next step; buffers and batches do not.
+        early = {key: storage for key, storage in storages.items() if key not in late}
+        rest = {key: storage for key, storage in storages.items() if key in late}
+        self._now += self._copies(early, self._host.bytes, 0)
+        self._behind.append((side, self._copies(rest, self._host.bytes, 0)))
+        self.overlaps = True
+
     def _pieces(self, storages: Mapping[_Key, Any]) -> Iterator[tuple[int, int, int]]:
         for of, size in storages:
-            to = self._memory.data_ptr() + self._offsets[of, size]
+            to = self._host.bytes.data_ptr() + self._offsets[of, size]
             for at in range(0, size, _CHUNK):
                 yield to + at, of + at, min(_CHUNK, size - at)
 
@@ -712,21 +726,32 @@ _Key = tuple[int, int]  # of a storage: address, bytes
 _Copies = tuple[list[Any], list[Any]]  # to, of
 
 
-def _key(tensor: torch.Tensor) -> _Key:
+def _key(tensor: Tensor) -> _Key:
     storage = tensor.untyped_storage()
     return storage.data_ptr(), storage.nbytes()
 
 
-def _host_memory(size: int) -> Tensor:
-    torch = _torch()
-    block = mmap.mmap(-1, max(size, 8), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # DONTFORK: a data loader's worker would make every page of it copy-on-write.
-    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
-        with contextlib.suppress(OSError, AttributeError):
-            block.madvise(getattr(mmap, advice))
-    memory = torch.frombuffer(block, dtype=torch.uint8)
-    ctypes.memset(memory.data_ptr(), 0, size)  # takes the page faults here, without the GIL
-    return cast("Tensor", memory)
+class _HostMemory:
+    """A block of resident memory, on request page-locked in place (`pin_memory` would round the
+    size up to a power of two)."""
+
+    def __init__(self, size: int) -> None:
+        torch = _torch()
+        block = mmap.mmap(-1, max(size, 8), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # DONTFORK: a data loader's worker would make every page of it copy-on-write.
+        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+            with contextlib.suppress(OSError, AttributeError):
+                block.madvise(getattr(mmap, advice))
+        self.size, self._pinned = size, False
+        self.bytes: Tensor = torch.frombuffer(block, dtype=torch.uint8)
+        ctypes.memset(self.bytes.data_ptr(), 0, size)  # takes the page faults, without the GIL
+
+    def pin(self) -> None:
+        cuda, address = _torch().cuda.cudart(), self.bytes.data_ptr()
+        # Where the limit on locked memory refuses, the copies still work, only slower.
+        if not self._pinned and int(cuda.cudaHostRegister(address, self.size, 1)) == 0:
+            self._pinned = True
+            weakref.finalize(self, cuda.cudaHostUnregister, address).atexit = False
 
 
 def _copy_memory(pieces: Sequence[tuple[int, int, int]], workers: int) -> None:
@@ -744,13 +769,6 @@ def _copy_memory(pieces: Sequence[tuple[int, int, int]], workers: int) -> None:
     run()
     for helper in helpers:
         helper.join()
-
-
-def _pin(memory: Tensor) -> None:
-    """Page-lock in place: `pin_memory` would round up to a power of two."""
-    torch = _torch()
-    if not memory.is_pinned():
-        torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 1)
 
 
 def _changed_by_step(optimizers: Sequence[Any]) -> set[_Key]:
