@@ -118,7 +118,8 @@ class CheckpointStore:
         keep = {*newest_first[: self.keep_last], self.resumed_from, best_ckpt(self.directory)}
         for path in newest_first:
             if path not in keep:
-                self._remove(path)
+                with contextlib.suppress(OSError):  # the new one is saved all the same
+                    self._remove(path)
 
     def _remove(self, path: Path) -> None:
         # Renamed first: a kill in the middle must not leave half a checkpoint under a good name.
@@ -396,7 +397,7 @@ def _check_loads(tree: Any) -> None:
     torch = _torch()
     twin, tensors = _split(tree)
     file = io.BytesIO()
-    torch.save(_join(twin, [torch.empty(0)] * len(tensors)), file)
+    torch.save(_join(twin, tensors, [torch.empty(0)] * len(tensors)), file)
     file.seek(0)
     _load(file)
 
@@ -515,15 +516,16 @@ class Saver:
         try:
             twins, tensors = _split(parts)
             arena = self._fit(tensors)
-            tensors = arena.fill(tensors)
+            placed = arena.fill(tensors)
         except Exception as error:  # a stranger's state, or no memory: the training goes on
             self._arena = None
             self._fail(f"step {step} was not saved", error)
             return False
         self._last_step = step
         state = {**state, "global_step": step}
-        job = partial(self._write, step, twins, arena, tensors, state, also or {})
-        self._start(job, f"step {step} was not saved")
+        whole = partial(self._collect, arena, twins, tensors, placed)
+        job = partial(self._write, step, whole, state, also or {})
+        self._start(job, f"step {step} was not saved", hurry=wait)
         if wait:
             self.wait()
         return True
@@ -557,27 +559,32 @@ class Saver:
         if self._arena is not None:
             self._arena.hold_step()
 
-    def _write(
-        self, step: int, twins: Mapping[str, Any], arena: _Arena, tensors: Sequence[Tensor],
-        state: Mapping[str, Any], also: Mapping[str, bytes],
-    ) -> None:  # fmt: skip
-        torch = _torch()
+    def _collect(
+        self, arena: _Arena, twins: Any, tensors: Sequence[Tensor], placed: Sequence[Tensor]
+    ) -> dict[str, Any]:
         arena.wait()
-        host = arena.host_tensors(tensors)
-        whole = {name: _join(twin, host) for name, twin in twins.items()}
-        files = {n: lambda out, tree=tree: torch.save(tree, out) for n, tree in whole.items()}
-        files |= {n: lambda out, data=data: out.write(data) for n, data in also.items()}
-        reserve = {name: _bytes_of(tree) for name, tree in whole.items()}
+        whole: dict[str, Any] = _join(twins, tensors, arena.host_tensors(placed))
         if not self._checked:  # once: what a resume would refuse must not pass for saved
             _check_loads(whole)
             self._checked = True
-        self._on_saved(self.store.commit(step, files, state, reserve=reserve))
+        return whole
 
-    def _start(self, job: Callable[[], Any], complaint: str) -> None:
+    def _write(
+        self, step: int, collect: Callable[[], dict[str, Any]], state: Mapping[str, Any],
+        also: Mapping[str, bytes],
+    ) -> None:  # fmt: skip
+        trees, save = collect(), _torch().save
+        files = {name: partial(save, tree) for name, tree in trees.items()}
+        small = {name: lambda out, data=data: out.write(data) for name, data in also.items()}
+        reserve = {name: _bytes_of(tree) for name, tree in trees.items()}
+        self._on_saved(self.store.commit(step, {**files, **small}, state, reserve=reserve))
+
+    def _start(self, job: Callable[[], Any], complaint: str, *, hurry: bool = False) -> None:
         def run() -> None:
-            # The writer takes the time that the loop leaves. It is this thread's niceness alone.
-            with contextlib.suppress(OSError, AttributeError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            if not hurry and sys.platform == "linux":  # where niceness is a thread's own
+                # The writer takes what time the loop leaves.
+                with contextlib.suppress(OSError):
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
             try:
                 job()
             except Exception as error:  # disk, memory, a stranger's state: never the training's
@@ -763,7 +770,8 @@ def _copy_memory(pieces: Sequence[tuple[int, int, int]], workers: int) -> None:
         for to, of, count in work:
             ctypes.memmove(to, of, count)
 
-    helpers = [threading.Thread(target=run) for _ in range(min(workers, len(pieces) // 8, 8) - 1)]
+    total = sum(count for _, _, count in pieces)
+    helpers = [threading.Thread(target=run) for _ in range(min(workers, total >> 24, 8) - 1)]
     for helper in helpers:
         helper.start()
     run()
@@ -779,48 +787,47 @@ def _changed_by_step(optimizers: Sequence[Any]) -> set[_Key]:
     return {_key(t) for t in (*of_groups, *of_state) if isinstance(t, torch.Tensor)}
 
 
+def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy of the tree, with its tensors changed and nothing shared that could change later."""
+    kind = type(tree)
+    if kind is dict:
+        return {key: _map(value, change) for key, value in tree.items()}
+    if kind is list or kind is tuple:
+        return kind(_map(item, change) for item in tree)
+    if kind in _FIXED:
+        return tree
+    if isinstance(tree, _torch().Tensor):
+        return change(tree)
+    if isinstance(tree, dict):
+        twin = copy.copy(tree)  # keeps the kind, and the `_metadata` of a state_dict
+        for key, value in tree.items():
+            twin[key] = _map(value, change)
+        return twin
+    return copy.deepcopy(tree)
+
+
+_FIXED = {int, float, bool, str, bytes, type(None)}
+
+
 def _split(tree: Any) -> tuple[Any, list[Tensor]]:
-    """A copy of the tree with a `_Place` for every tensor, and the tensors."""
+    """A copy of the tree that still holds the live tensors, and a list of those."""
     torch = _torch()
     tensors: list[Any] = []
-    plain = (torch.Tensor, torch.nn.Parameter)
+    plain, strided = {torch.Tensor, torch.nn.Parameter}, torch.strided
 
-    def visit(node: Any) -> Any:
-        if type(node) in plain and node.layout is torch.strided and node.device.type in _DEVICES:
-            tensors.append(node)
-            return _Place(len(tensors) - 1)
-        if isinstance(node, torch.Tensor):  # sparse, quantized, another device: may wait, is rare
-            return node.detach().cpu().clone()
-        if isinstance(node, dict):
-            twin = copy.copy(node)  # keeps the kind, and the `_metadata` of a state_dict
-            for key, value in node.items():
-                twin[key] = visit(value)
-            return twin
-        if type(node) in (list, tuple):
-            return type(node)(visit(item) for item in node)
-        return node if isinstance(node, _FIXED) else copy.deepcopy(node)
+    def take(tensor: Any) -> Any:
+        if type(tensor) in plain and tensor.layout is strided and (tensor.is_cuda or tensor.is_cpu):
+            tensors.append(tensor)
+            return tensor
+        return tensor.detach().cpu().clone()  # sparse, another device: may wait, and is rare
 
-    return visit(tree), tensors
+    return _map(tree, take), tensors
 
 
-_DEVICES = ("cpu", "cuda")
-_FIXED = (int, float, str, bytes, type(None))
-
-
-class _Place(int):
-    """Where in the list of tensors a leaf of the tree is."""
-
-
-def _join(tree: Any, tensors: Sequence[Tensor]) -> Any:
-    """The tree with its tensors in place, in place."""
-    if isinstance(tree, _Place):
-        return tensors[tree]
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            tree[key] = _join(value, tensors)
-    elif type(tree) in (list, tuple):
-        return type(tree)(_join(item, tensors) for item in tree)
-    return tree
+def _join(tree: Any, tensors: Sequence[Tensor], host: Sequence[Tensor]) -> Any:
+    """The tree with its `tensors` replaced by their copies."""
+    copies = {id(t): c for t, c in zip(tensors, host, strict=True)}
+    return _map(tree, lambda t: copies.get(id(t), t))
 
 
 def _bytes_of(tree: Any) -> int:

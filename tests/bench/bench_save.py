@@ -12,6 +12,7 @@ window before it without (both end with a device synchronize, and outlast the wr
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -363,6 +364,7 @@ def main() -> None:
         print(table(results[-1]), flush=True)
         if args.cuda:
             # The same with no room for a copy of the state: a real tensor fills the device.
+            gc.collect()  # the first training, to the last view of it
             torch.cuda.empty_cache()
             free, total = torch.cuda.mem_get_info()
             filler = torch.empty(max(0, free - total // 11), dtype=torch.uint8, device="cuda")
