@@ -1,13 +1,13 @@
 """Checkpoints: an atomic store, and a saver that takes a snapshot and writes it behind the loop.
 
     store = CheckpointStore("out/run/checkpoints", keep_last=3)
-    saver = Saver(store, warn=print)
+    saver = Saver(store, optimizers, warn=print)
     saver.prepare(parts)                    # once the optimizer has its state: reserves the memory
     saver.save(step, capture(models, optimizers), {"epoch": 1, "val_loss": 1.75})
     saver.wait()
     path = latest_ckpt("out/run/checkpoints")
     if path is not None:
-        restore(path, models, optimizers)
+        set_rng_state(restore(path, models, optimizers))
 
 A step directory is whole or absent: it is written under a hidden name, synced, and renamed.
 """
