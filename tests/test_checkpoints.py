@@ -20,7 +20,7 @@ from torch import nn
 
 
 def put(store: obs.CheckpointStore, step: int, **state: object) -> Path:
-    return store.commit(step, {"model.pth": lambda out: out.write(b"weights " * step)}, state)
+    return store.commit(step, {"model.pth": b"weights " * step}, state)
 
 
 @pytest.fixture
@@ -293,7 +293,7 @@ def test_the_store_works_without_torch(store):
 def test_a_step_directory_lists_what_the_runbook_says(store):
     model = nn.Linear(2, 2)
     saver = obs.Saver(store, warn=pytest.fail)
-    saver.save(12, obs.capture([model]), {}, also={"run_manifest.json": b"{}"}, wait=True)
+    saver.save(12, {**obs.capture([model]), "run_manifest.json": b"{}"}, {}, wait=True)
     assert store.path(12).name == "step_00000012"
     names = {"model.pth", "optimizer.pt", "rng_state.pt", "state.json", "run_manifest.json"}
     assert {path.name for path in store.path(12).iterdir()} == names

@@ -36,9 +36,8 @@ CHANGES = ("open", "write", "posix_fallocate", "ftruncate", "fsync", "close", "m
 def commit(directory: Path, step: int, size: int = 5000) -> Path:
     """A checkpoint of plain bytes, with a store of its own as a new process would have."""
     store = obs.CheckpointStore(directory, keep_last=2)
-    content = (bytes([step % 251]) * size, f"step {step}".encode())
-    files = {name: lambda out: out.writelines(content) for name in NAMES[:-1]}
-    return store.commit(step, files, {"step": step}, reserve=dict.fromkeys(files, size))
+    content = bytes([step % 251]) * size + f"step {step}".encode()
+    return store.commit(step, dict.fromkeys(NAMES[:-1], content), {"step": step})
 
 
 def newest_step(directory: Path) -> int:
@@ -82,8 +81,8 @@ def test_every_damage_to_every_file_is_found_and_the_older_one_taken(tmp_path, n
     store = obs.CheckpointStore(tmp_path)
     saver = obs.Saver(store, [optimizer], warn=pytest.fail)
     for step in (1, 2):
-        parts = obs.capture([model], [optimizer])
-        saver.save(step, parts, {"epoch": 1}, also={"run_manifest.json": b"{}"}, wait=True)
+        parts = {**obs.capture([model], [optimizer]), "run_manifest.json": b"{}"}
+        saver.save(step, parts, {"epoch": 1}, wait=True)
     original = (store.path(2) / name).read_bytes()
     for damaged in damages(original):
         (store.path(2) / name).write_bytes(damaged)
@@ -332,7 +331,7 @@ import os, sys
 import ckpt_section as obs
 store = obs.CheckpointStore(sys.argv[1])
 os.environ["FAIL_CALL"], os.environ["FAIL_AT"] = sys.argv[2:4]
-files = {name: lambda out: out.write(b"new" * 9999) for name in ("model.pth", "optimizer.pt")}
+files = dict.fromkeys(("model.pth", "optimizer.pt"), b"new" * 9999)
 try:
     store.commit(2, files, {})
 except OSError as error:
@@ -424,9 +423,7 @@ def test_a_pickle_that_runs_code_is_refused_and_nothing_runs(tmp_path, name, as_
         assert zipfile.is_zipfile(hostile)
     model = nn.Linear(2, 2)
     store = obs.CheckpointStore(tmp_path / "run")
-    files = {n: lambda out, tree=tree: torch.save(tree, out)
-             for n, tree in obs.capture([model]).items()}  # fmt: skip
-    files[name] = lambda out: out.write(hostile.read_bytes())  # its digest is right
+    files = {**obs.capture([model]), name: hostile.read_bytes()}  # its digest is right
     path = store.commit(1, files, {})
     assert obs.is_valid_ckpt(path)
     with pytest.raises(obs.CheckpointError, match=f"cannot load .*{name}"):
