@@ -1,0 +1,53 @@
+# Type `make` for the list.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.stamp
+# One GPU trains the published recipe; a CPU one of the same shape, in about a minute.
+PRESET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo full || echo small)
+LOG ?= mainrun/logs/mainrun.log
+BASELINES := baseline.log $(wildcard tests/baseline_*.log)
+RUNS ?= $(wildcard mainrun/out/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help train tb test parity summarize lint bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+train: $(STAMP) ## train the reference recipe, observed, and compare it with its baseline
+	@PRESET=$(PRESET) LOG=$(abspath $(LOG)) $(PY) mainrun/train.py
+	@$(MAKE) -s parity
+	@echo "the run lies in $$(ls -dt mainrun/out/*/ | head -n 1)"
+	@echo "look at it with: make tb, make summarize"
+
+# 2 says that no baseline fits these titles, which is no fault of the run.
+parity: $(STAMP) ## compare the last training's validation losses with the baselines
+	@test -e $(LOG) || { echo "$(LOG) is missing; make train writes it" >&2; exit 2; }
+	@$(PY) mainrun/observability.py parity $(LOG) $(BASELINES) || [ $$? -eq 2 ]
+
+tb: $(STAMP) ## show the curves: TensorBoard on this machine's loopback
+	@$(PY) mainrun/observability.py tb
+
+summarize: $(STAMP) ## a table of the runs
+	@$(PY) mainrun/observability.py summarize $(RUNS)
+
+test: $(STAMP) ## the test suite
+	@$(PY) -m pytest
+
+lint: $(STAMP) ## ruff, and mypy --strict on what users copy
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/mypy
+
+bench: $(STAMP) ## measure step() beside its peers (installs them; some minutes)
+	@$(PY) -m pip install -q -r tests/bench/requirements.txt
+	@$(PY) tests/bench/bench_step.py
+
+clean: ## remove the runs and the caches; keep .venv
+	rm -rf mainrun/out mainrun/logs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(STAMP): requirements.txt
+	@echo "installing $< into $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install -q --disable-pip-version-check -r $<
+	@touch $@
