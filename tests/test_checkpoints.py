@@ -12,11 +12,12 @@ import threading
 import time
 from pathlib import Path
 
-import ckpt_section as obs
 import numpy as np
 import pytest
 import torch
 from torch import nn
+
+import observability as obs
 
 
 def put(store: obs.CheckpointStore, step: int, **state: object) -> Path:
@@ -282,7 +283,7 @@ def test_the_store_works_without_torch(store):
     put(store, 1)
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "import ckpt_section as obs; print(obs.latest_ckpt(sys.argv[1]))"
+        "import observability as obs; print(obs.latest_ckpt(sys.argv[1]))"
     )
     env = {**os.environ, "PYTHONPATH": str(Path(obs.__file__).parent)}
     command = [sys.executable, "-c", code, str(store.directory)]

@@ -22,10 +22,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import ckpt_section as obs
 import pytest
 import torch
 from torch import nn
+
+import observability as obs
 
 LONG = os.environ.get("OBS_FAULTS") == "long"
 NAMES = ("model.pth", "optimizer.pt", "rng_state.pt", "run_manifest.json", "state.json")
@@ -221,7 +222,7 @@ def saved_last(log: Path) -> int:
 def test_kills_in_a_row_cost_nothing_that_was_saved_and_change_no_digit(tmp_path):
     # A server that has torch imported: each run is a fork of it, with no second of start.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "ckpt_section"])
+    context.set_forkserver_preload(["torch", "observability"])
     last, kills, draw = (3000, 100, random.Random(0)) if LONG else (150, 8, random.Random(0))
     whole, log = str(tmp_path / "whole"), tmp_path / "log"
     started = time.monotonic()
@@ -328,7 +329,7 @@ int fsync(int fd) {
 """
 EIO_SCRIPT = """
 import os, sys
-import ckpt_section as obs
+import observability as obs
 store = obs.CheckpointStore(sys.argv[1])
 os.environ["FAIL_CALL"], os.environ["FAIL_AT"] = sys.argv[2:4]
 files = dict.fromkeys(("model.pth", "optimizer.pt"), b"new" * 9999)

@@ -31,7 +31,7 @@ from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "mainrun"))
-import ckpt_section as obs
+import observability as obs
 
 SIZES = {  # width, layers, vocabulary, batch, length, optimizer
     "tiny": (64, 2, 500, 2, 16, "AdamW"),
