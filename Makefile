@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
+BENCH := tests/bench/.venv
 # One GPU trains the published recipe; a CPU one of the same shape, in about a minute.
 PRESET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo full || echo small)
 LOG ?= mainrun/logs/mainrun.log
@@ -30,7 +31,7 @@ tb: $(STAMP) ## show the curves: TensorBoard on this machine's loopback
 	@$(PY) mainrun/observability.py tb
 
 summarize: $(STAMP) ## a table of the runs
-	@$(PY) mainrun/observability.py summarize $(RUNS)
+	@$(if $(RUNS),$(PY) mainrun/observability.py summarize $(RUNS),echo "no run yet: make train")
 
 test: $(STAMP) ## the test suite
 	@$(PY) -m pytest
@@ -38,16 +39,18 @@ test: $(STAMP) ## the test suite
 lint: $(STAMP) ## ruff, and mypy --strict on what users copy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/mypy
 
-bench: $(STAMP) ## measure step() beside its peers (installs them; some minutes)
-	@$(PY) -m pip install -q -r tests/bench/requirements.txt
-	@$(PY) tests/bench/bench_step.py
+bench: $(BENCH)/.stamp ## measure step() beside its peers, which get a .venv of their own
+	@$(BENCH)/bin/python tests/bench/bench_step.py
 
 clean: ## remove the runs and the caches; keep .venv
 	rm -rf mainrun/out mainrun/logs .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(STAMP): requirements.txt
-	@echo "installing $< into $(VENV)"
-	@$(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install -q --disable-pip-version-check -r $<
+$(BENCH)/.stamp: requirements.txt tests/bench/requirements.txt
+
+%/.stamp:
+	@echo "installing $^ into $(@D)"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install -q --disable-pip-version-check $(addprefix -r ,$^)
 	@touch $@

@@ -235,6 +235,38 @@ def test_a_living_run_is_read_but_not_repaired(open_run, run_dir):
     assert (run_dir / "metrics.ring").exists()
 
 
+def test_a_run_that_reads_itself_is_still_known_to_be_alive(open_run, run_dir):
+    open_run()
+    list(obs.read_run(run_dir))
+    assert obs.alive(run_dir)
+    reader = "import sys, observability as obs; print(obs.alive(obs.Path(sys.argv[1])))"
+    done = python("-c", reader, run_dir, env={**os.environ, "PYTHONPATH": str(MAINRUN)})
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_a_killed_run_is_dead_though_its_worker_lives(tmp_path):
+    script = f"""
+import os, sys, time, observability as obs
+obs.init("run", out_dir={str(tmp_path)!r}, tb_dir={str(tmp_path)!r})
+obs.step(1, loss=1.0)
+if os.fork() == 0:
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE,
+                               env={**os.environ, "PYTHONPATH": str(MAINRUN)})  # fmt: skip
+    worker = int(process.stdout.readline())
+    try:
+        assert obs.alive(tmp_path / "run")
+        process.kill()
+        process.wait()
+        assert not obs.alive(tmp_path / "run")
+        assert obs.summary(tmp_path / "run")["status"] == "killed"
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
 # --- Broken ---------------------------------------------------------------------------------------
 
 
