@@ -1366,8 +1366,7 @@ class _Curve:
                        f"the loss is {loss!r}, before the interruption it was {again!r}")
         if before := self._before:
             self._before = []
-            top = 2 * max(before) - min(before)
-            if not loss <= top:
+            if len(before) > 2 and not loss <= 2 * max(before) - min(before):
                 _warn_once(f"the loss jumps at the resume: {loss:.6g} at step {step}, "
                            f"{before[-1]:.6g} before it")  # fmt: skip
 
