@@ -85,7 +85,10 @@ class Script:
         else:
             self.optimizers = [torch.optim.AdamW(self.model.parameters(), lr=0.01)]
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizers[0], 1, 0.7)
-        self.scaler = torch.amp.GradScaler("cpu", enabled=kind == "scaler", growth_interval=2)
+        self.device = "cuda" if kind == "cuda" else "cpu"
+        self.model.to(self.device)
+        self.scaler = torch.amp.GradScaler(
+            self.device, enabled=kind in ("scaler", "cuda"), growth_interval=2)
         workers = {"num_workers": 2} if kind == "workers" else {}
         self.loader: Any = DataLoader(Noisy(), 4, shuffle=True, **workers)
         if kind == "iterable":
@@ -96,9 +99,10 @@ class Script:
                   scaler=self.scaler, loader=self.loader)  # fmt: skip
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        batch = batch.to(self.device)
         target = batch.sum(1, keepdim=True)
-        if self.kind == "scaler":
-            with torch.autocast("cpu", torch.bfloat16):
+        if self.scaler.is_enabled():
+            with torch.autocast(self.device, torch.bfloat16):
                 return F.mse_loss(self.model(batch).float(), target)
         return F.mse_loss(self.model(batch), target)
 
@@ -234,7 +238,7 @@ def ended(folder: Path) -> Any:
 
 
 KINDS = ["plain", "workers", "accumulate", "lbfgs", "scaler", "iterable", "own state", "while",
-         "full", "one pass"]  # fmt: skip
+         "full", "one pass", *(["cuda"] if torch.cuda.is_available() else [])]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
