@@ -150,7 +150,7 @@ class Run:
         self._seq = self._drained = self._dropped = 0
         self._stuck_at = -1  # how far the sinks were when the ring was last found full for long
         self._lock = threading.RLock()  # reentrant, for a signal handler that calls in
-        self._drain_lock = threading.Lock()
+        self._drain_lock, self._landing = threading.Lock(), threading.Lock()
         self._sinks: list[Sink] = []
         self._sinks_open = False
         self._curve = _Curve()
@@ -159,16 +159,17 @@ class Run:
         self._no_origin: CheckpointError | None = None
         self._rank = int(os.environ.get("RANK") or 0)
         enabled = enabled and os.environ.get("OBS_DISABLE", "0") in ("", "0")
-        self._open = enabled and self._rank == 0
+        self._hooks: list[Any] = []
+        self._open = False
         if enabled:
             self._find_origin(script_dir() / out_dir)
-        if self._open:
-            self._start(_plain(config), Path(out_dir), Path(tb_dir))
-        if enabled and (self._open or self._origin):
+        if enabled and self._rank == 0:
+            self._open = bool(self._start(_plain(config), Path(out_dir), Path(tb_dir)))
+        if self._open or self._origin:
             self._keep_checkpoints()
 
     @_fenced
-    def _start(self, config: Any, out_dir: Path, tb_dir: Path) -> None:
+    def _start(self, config: Any, out_dir: Path, tb_dir: Path) -> bool:
         stamp = time.strftime("%Y-%m-%dT%H-%M-%S", time.localtime(self._started))
         commit = git_commit()
         tb_run = script_dir() / tb_dir / f"{self.name or 'run'}_{stamp}"
@@ -200,6 +201,7 @@ class Run:
         atexit.register(self._at_exit)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forget)
+        return True
 
     def _open_sinks(self, cut: Mapping[str, Any] | None = None) -> None:
         """What came after the checkpoint whose state is `cut` is taken out first."""
@@ -273,7 +275,11 @@ class Run:
             self._stepped = True
             self._lrs[name] = optimizer.param_groups[0]["lr"]  # of this step, not of the next
 
-        getattr(optimizer, "optimizer", optimizer).register_step_post_hook(note)
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # inside a wrapper
+        if hasattr(optimizer, "register_step_post_hook"):
+            self._hooks.append(optimizer.register_step_post_hook(note))
+        else:
+            _warn_once(f"{name} is not recorded, {type(optimizer).__name__} takes no step hook")
 
     def step(
         self, /, step: int | None = None, *, loss: Any = None, tokens: Any = None,
@@ -464,34 +470,30 @@ class Run:
     def _record(self, phase: str, step: int, metrics: Mapping[str, Any], **tags: Any) -> None:
         if self._in_flight:
             self._land()
-        values = [*metrics.values()]
-        if not tags and _ONLY_FLOATS.issuperset(map(type, values)):
-            form = self._forms.get((phase, *metrics))
-            if form is not None:
-                self._commit(form, time.time(), step, values)
-                return
-        numbers = {k: n for k, v in metrics.items() if (n := _number(k, v)) is not None}
-        form = self._form(phase, numbers, tags)
-        values = list(numbers.values())
+        values = [v if v.__class__ is float else _number(k, v) for k, v in metrics.items()]
+        if None in values:
+            metrics = {k: v for k, v in zip(metrics, values, strict=True) if v is not None}
+            values = [*metrics.values()]
+        form = self._form(phase, metrics, tags)
         if form.size > Ring.SLOT:
-            self._record_halves(phase, step, metrics, tags)
-        elif all(type(value) is float for value in values):
+            self._record_halves(phase, step, dict(zip(metrics, values, strict=True)), tags)
+        elif _ONLY_FLOATS.issuperset(map(type, values)):
             self._commit(form, time.time(), step, values)
         else:
             self._in_flight.append(_InFlight(form, time.time(), step, values))
 
     def _land(self) -> None:
-        while True:
-            with self._lock:  # the timer lands them too
-                if not (self._in_flight and self._in_flight[0].landed()):
-                    return
-                flight = self._in_flight.popleft()
-            self._commit(*flight.unload())
+        if self._landing.acquire(blocking=False):  # one thread at a time, to keep their order
+            try:
+                while self._in_flight and self._in_flight[0].landed():
+                    self._commit(*self._in_flight.popleft().unload())
+            finally:
+                self._landing.release()
 
     def _form(self, phase: str, metrics: Mapping[str, Any], tags: Mapping[str, Any]) -> _Form:
         key = (phase, *metrics)
-        if not tags and key in self._forms:
-            return self._forms[key]
+        if not tags and (known := self._forms.get(key)):
+            return known
         everything = {"phase": phase, "rank": self._rank, **tags}
         form = _Form(json.dumps([everything, *map(str, metrics)]).encode())
         if not tags and len(self._forms) < 1000:  # a script may make up names without end
@@ -621,6 +623,8 @@ class Run:
         self._event("finish", status=status, lost=lost, degraded=", ".join(self.degraded))
         self._open, self._stopping = False, True
         atexit.unregister(self._at_exit)
+        for hook in self._hooks:
+            hook.remove()
         self._wake.set()
         self._timer.join(max(0.0, deadline - time.monotonic()))
         if not self._timer.is_alive():  # it may have been killed
@@ -885,11 +889,12 @@ class _Landing:
         self._cell = self._free.popleft()
         tensor, bits, _ = self._cell
         bits.value = self._ABSENT
-        tensor.copy_(value.detach().float().reshape(1), non_blocking=True)
+        value = value.detach().float()
+        tensor.copy_(value.reshape(()) if value.dim() else value, non_blocking=True)
 
     @staticmethod
     def _allocate(count: int) -> Iterator[tuple[Any, Any, Any]]:
-        for tensor in sys.modules["torch"].empty(count, pin_memory=True).split(1):
+        for tensor in sys.modules["torch"].empty(count, pin_memory=True).unbind():
             at = tensor.data_ptr()
             yield tensor, ctypes.c_uint32.from_address(at), ctypes.c_float.from_address(at)
 
@@ -910,7 +915,10 @@ class _InFlight(NamedTuple):
     values: list[Any]
 
     def landed(self) -> bool:
-        return all(value.landed() for value in self.values if type(value) is _Landing)
+        for value in self.values:  # a plain loop: each step passes here
+            if value.__class__ is _Landing and not value.landed():
+                return False
+        return True
 
     def unload(self) -> tuple[_Form, float, int, list[float]]:
         values = [v.take() if type(v) is _Landing else v for v in self.values]
@@ -920,6 +928,8 @@ class _InFlight(NamedTuple):
 def _number(name: str, value: Any) -> Any:
     """A float; what a CUDA value will land in; None for what is no number."""
     try:
+        if value.__class__ is _Landing:
+            return value
         if getattr(value, "is_cuda", False) and value.numel() == 1:
             return _Landing(value)
         return float(value.item() if hasattr(value, "item") else value)
@@ -1675,7 +1685,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
 _CHUNK = 4 << 20  # bytes for one checksum or write: each lets go of the GIL for about a millisecond
 
 
-class _Summed:
+class _Summed(io.RawIOBase):
     """A file that sums what is written to it.
 
     CRC-32: with the size it catches every burst of up to 32 flipped bits, and all else but one
@@ -1685,30 +1695,32 @@ class _Summed:
     def __init__(self, fd: int) -> None:
         self._fd, self.size, self.crc = fd, 0, 0
 
-    def write(self, data: Any) -> None:
-        for at in range(0, len(data), _CHUNK):
-            piece = memoryview(data)[at : at + _CHUNK]
-            self.crc = zlib.crc32(piece, self.crc)
-            self.size += _write_all(self._fd, piece)
+    def writable(self) -> bool:
+        return True
 
-    def flush(self) -> None:
-        """What torch.save calls at its end; nothing is held back here."""
+    def write(self, data: Any) -> int:
+        piece = memoryview(data)[:_CHUNK]
+        self.crc = zlib.crc32(piece, self.crc)
+        self.size += _write_all(self._fd, piece)
+        return len(piece)
 
 
 def _write(path: Path, content: Any) -> dict[str, Any]:
     """Create `path`, durably, and return its entry in state.json."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        out = _Summed(fd)
-        if isinstance(content, bytes):
-            out.write(content)
-        else:
-            _reserve(fd, sum(size for _, size in set(map(_key, _tensors(content)))))
-            _torch().save(content, out)
+        raw = _Summed(fd)
+        # torch.save writes five scraps for each tensor, and each would hand the GIL to and fro.
+        with io.BufferedWriter(raw, 1 << 20) as out:
+            if isinstance(content, bytes):
+                out.write(content)
+            else:
+                _reserve(fd, sum(size for _, size in set(map(_key, _tensors(content)))))
+                _torch().save(content, out)
         os.fsync(fd)
     finally:
         os.close(fd)
-    return {"size": out.size, "crc32": f"{out.crc:08x}"}
+    return {"size": raw.size, "crc32": f"{raw.crc:08x}"}
 
 
 def _reserve(fd: int, size: int) -> None:
@@ -2165,6 +2177,8 @@ def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
     if kind is dict:
         return {key: _map(value, change) for key, value in tree.items()}
     if kind is list or kind is tuple:
+        if tree and all(type(item) is int for item in tree):  # a generator's state: thousands
+            return kind(tree)
         return kind(_map(item, change) for item in tree)
     if kind in (int, float, bool, str, bytes, type(None)):
         return tree

@@ -72,6 +72,25 @@ def test_every_optimizer_has_its_lr(open_run, run_dir, tiny_model):
     assert record["metrics"] == {"lr": 0.5, "lr/1": 0.1}
 
 
+def test_nothing_is_left_in_the_optimizer(open_run, tiny_model):
+    model, optimizer = tiny_model
+    open_run()
+    obs.watch(model, optimizer=optimizer)
+    assert optimizer._optimizer_step_post_hooks
+    obs.finish()
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_an_optimizer_without_hooks_costs_its_lr_only(open_run, run_dir, tiny_model, capfd):
+    open_run()
+    obs.watch(tiny_model[0], optimizer=object())
+    obs.step(1, loss=1.0)
+    obs.finish()
+    assert records(run_dir, "train")[0]["metrics"] == {"loss/train": 1.0}
+    assert "lr is not recorded" in capfd.readouterr().err
+    assert "watch" in [r["tags"]["event"] for r in records(run_dir, "event")]
+
+
 def test_without_a_number_the_run_counts(open_run, run_dir):
     open_run()
     for _ in range(3):
