@@ -1251,7 +1251,7 @@ class Keeper:
         # A loader with a state of its own is at its place already, and at its end gives no batch.
         at_end = [batches] == [len(loader) for loader in loaders if hasattr(loader, "__len__")]
         if saved["loader"] and at_end:
-            saved["start"] = saved
+            saved = {**saved, "start": saved}
         place = _Place(epoch, batches, 0 if saved["loader"] else batches, whole, saved)
         if epoch is None:
             self._enter(place)
@@ -1277,7 +1277,7 @@ class Keeper:
             self._restore_rng(place.rng)
         else:
             self._restore_rng(place.rng["start"])
-            self._start_rng, self._put_back = place.rng["start"], place.rng
+            self._start_rng, self._put_back = rng_state(), place.rng
             self._left, self._batches = place.left, place.batches - place.left
         return place.whole
 
@@ -1329,6 +1329,8 @@ class Keeper:
 
     def end(self, number: int | None) -> None:
         """Give the signals back, and one that waited to whom it was for."""
+        if self._saver is not None:
+            self._saver.close()
         if number is not None:
             self.pass_on(number)
         self.release_signals()
@@ -1891,15 +1893,16 @@ class Saver:
         warn: Callable[[str], Any] = _warn_once,
         on_saved: Callable[[Path], None] = lambda path: None,
     ) -> None:  # fmt: skip
-        self.store, self._optimizers, self._warn, self._on_saved = store, optimizers, warn, on_saved
+        self.store, self._warn, self._on_saved = store, warn, on_saved
+        self._optimizers = [o for o in optimizers if hasattr(o, "register_step_pre_hook")]
         self.skipped = self.failed = 0  # skipped: came while another one was being written
         self._arena: _Arena | None = None
         self._thread: threading.Thread | None = None
         self._last_step: int | None = None
         self._checked = False
         self.write_s = 0.0  # processor time of the latest write
-        for optimizer in optimizers:
-            getattr(optimizer, "optimizer", optimizer).register_step_pre_hook(self._hold_step)
+        hooked = (o.register_step_pre_hook(self._hold_step) for o in self._optimizers)
+        self._hooks = list(hooked)
 
     def prepare(self, parts: Mapping[str, Any]) -> None:
         """Reserve the memory for this state in the background: up to seconds for 4 GB on a GPU."""
@@ -1938,6 +1941,11 @@ class Saver:
         if wait:
             self.wait()
         return True
+
+    def close(self) -> None:
+        """Leave nothing in the optimizers."""
+        for hook in self._hooks:
+            hook.remove()
 
     def busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
