@@ -1249,9 +1249,9 @@ class Keeper:
         epoch, batches = state["epoch"], state["step_in_epoch"]
         whole = not batches or (state["ended"] and epoch is not None)
         # A loader with a state of its own is at its place already, and at its end gives no batch.
-        at_end = [batches] == [len(loader) for loader in loaders if hasattr(loader, "__len__")]
-        if saved["loader"] and at_end:
-            saved = {**saved, "start": saved}
+        with contextlib.suppress(TypeError):  # some have no length
+            if saved["loader"] and len(loaders[0]) == batches:
+                saved = {**saved, "start": saved}
         place = _Place(epoch, batches, 0 if saved["loader"] else batches, whole, saved)
         if epoch is None:
             self._enter(place)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import forks
 from torch import nn
 
 import observability as obs
@@ -220,9 +220,7 @@ def saved_last(log: Path) -> int:
 
 
 def test_kills_in_a_row_cost_nothing_that_was_saved_and_change_no_digit(tmp_path):
-    # A server that has torch imported: each run is a fork of it, with no second of start.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "observability"])
+    context = forks()
     last, kills, draw = (3000, 100, random.Random(0)) if LONG else (150, 8, random.Random(0))
     whole, log = str(tmp_path / "whole"), tmp_path / "log"
     started = time.monotonic()
