@@ -31,8 +31,9 @@ import subprocess
 import sys
 import tokenize
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,7 @@ class Script:
         text = self._decode()
         self.source = "".join(line.rstrip("\r\n") + "\n" for line in _text_lines(text))
         self.tree = self._parse()
+        self.nodes = list(walk(self.tree))
         self.parent: dict[ast.AST, ast.AST] = {}
         self.home: dict[ast.stmt, Spot] = {}
         self.calls: list[ast.Call] = []
@@ -134,7 +136,7 @@ class Script:
         self.logical = self._logical_lines()
         self.imports = self._imports()
         self.bindings: dict[str, list[Binding]] = {}
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             for binding in self._bindings_of(node):
                 self.bindings.setdefault(binding.name, []).append(binding)
 
@@ -161,8 +163,8 @@ class Script:
                 f"needs another Python, run autopatch.py with that one") from error
 
     def _index(self) -> None:
-        for node in ast.walk(self.tree):
-            for child in ast.iter_child_nodes(node):
+        for node in self.nodes:
+            for child in children(node):
                 self.parent[child] = node
             for block in blocks(node):
                 for index, stmt in enumerate(block):
@@ -191,7 +193,7 @@ class Script:
 
     def _imports(self) -> dict[str, str]:
         table: dict[str, str] = {}
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Import):
                 for alias in node.names:
                     table[alias.asname or alias.name.split(".")[0]] = (
@@ -375,20 +377,42 @@ def unpack(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, ast.expr, i
         yield dotted(target), value, None
 
 
-def own(node: ast.AST, into_lambdas: bool = True) -> Iterator[ast.AST]:
-    """`node` and what is in it, but not the code of functions and classes defined there."""
+def children(node: ast.AST) -> tuple[ast.AST, ...]:
+    """Kept on the node: the tree is walked many times and never changes."""
+    try:
+        return node._children  # type: ignore[attr-defined,no-any-return]
+    except AttributeError:
+        node._children = tuple(ast.iter_child_nodes(node))  # type: ignore[attr-defined]
+        return node._children  # type: ignore[attr-defined,no-any-return]
+
+
+def walk(node: ast.AST) -> Iterator[ast.AST]:
     stack = [node]
     while stack:
         current = stack.pop()
         yield current
-        if current is not node and isinstance(current, (*FUNCTIONS, ast.ClassDef)):
-            continue
-        if isinstance(current, ast.Lambda) and not into_lambdas:
-            continue
-        stack.extend(reversed(list(ast.iter_child_nodes(current))))
+        stack.extend(reversed(children(current)))
 
 
-def own_all(nodes: Sequence[ast.AST]) -> Iterator[ast.AST]:
+def own(node: ast.AST) -> tuple[ast.AST, ...]:
+    """`node` and what is in it, but not the code of functions and classes defined there."""
+    try:
+        return node._own  # type: ignore[attr-defined,no-any-return]
+    except AttributeError:
+        node._own = tuple(_own(node))  # type: ignore[attr-defined]
+        return node._own  # type: ignore[attr-defined,no-any-return]
+
+
+def _own(node: ast.AST) -> Iterator[ast.AST]:
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        yield current
+        if current is node or not isinstance(current, (*FUNCTIONS, ast.ClassDef)):
+            stack.extend(reversed(children(current)))
+
+
+def own_all(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
     for node in nodes:
         yield from own(node)
 
@@ -453,10 +477,11 @@ def certain_stmt(stmt: ast.stmt) -> frozenset[str]:
     return frozenset(targets(stmt))
 
 
-def evaluated(stmt: ast.stmt) -> set[str]:
+@cache
+def evaluated(stmt: ast.stmt) -> frozenset[str]:
     """Names that a statement always reads: had one been unbound, it would not have come this far."""
     if isinstance(stmt, (*FUNCTIONS, ast.ClassDef, ast.Delete, ast.Try)):
-        return set()
+        return frozenset()
     heads: list[ast.AST] = [stmt]
     if isinstance(stmt, (ast.If, ast.While)):
         heads = [stmt.test]
@@ -465,14 +490,14 @@ def evaluated(stmt: ast.stmt) -> set[str]:
     elif isinstance(stmt, (ast.With, ast.AsyncWith)):
         heads = [item.context_expr for item in stmt.items]
     elif not isinstance(stmt, (ast.Expr, ast.Assign, ast.AugAssign, ast.Assert)):
-        return set()
-    return {name for head in heads for name in _read_always(head)} - {""}
+        return frozenset()
+    return frozenset(name for head in heads for name in _read_always(head)) - {""}
 
 
 def _read_always(node: ast.AST) -> Iterator[str]:
     if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Load):
         yield dotted(node)
-    later: Sequence[ast.AST] = list(ast.iter_child_nodes(node))
+    later: Sequence[ast.AST] = children(node)
     if isinstance(node, ast.IfExp):
         later = [node.test]
     elif isinstance(node, ast.BoolOp):
@@ -515,7 +540,8 @@ def parameters(scope: Scope) -> set[str]:
     return {arg.arg for arg in [*plain, *filter(None, [spec.vararg, spec.kwarg])]}
 
 
-def locals_of(scope: Scope) -> set[str]:
+@cache
+def locals_of(scope: Scope) -> frozenset[str]:
     """Plain names that are local to a function (for the module: its own)."""
     names, declared = set(parameters(scope)), set()
     for node in own_all(scope.body):
@@ -524,7 +550,7 @@ def locals_of(scope: Scope) -> set[str]:
             declared |= set(node.names)
         elif isinstance(node, ast.ExceptHandler) and node.name:
             names.add(node.name)
-    return names - declared
+    return frozenset(names - declared)
 
 
 class Bound:
@@ -661,6 +687,7 @@ class Roles:
             self.made_by(name, SCHEDULER_CALL)
             or bool(SCHEDULER_NAME.search(last(name))))
 
+    @cached_property
     def module_like(self) -> list[str]:
         """Names used as a module is: `.train()`, `.parameters()`, `.zero_grad()`."""
         found: dict[str, None] = {}
@@ -684,13 +711,13 @@ class Roles:
         return list(found)
 
     def _models_in(self, expr: ast.AST, found: dict[str, None], depth: int) -> None:
-        for node in ast.walk(expr):
+        for node in walk(expr):
             if isinstance(node, ast.Attribute) and node.attr in {
                     "parameters", "named_parameters", "configure_optimizers", "configure_optimizer",
                     "optim_parameters", "parameters_to_optimize"}:
                 found[self._root(dotted(node.value))] = None
             elif isinstance(node, ast.Name) and depth:
-                if node.id in self.module_like() and MODEL_NAME.search(node.id):
+                if node.id in self.module_like and MODEL_NAME.search(node.id):
                     found[node.id] = None
                 elif not OPTIMIZER_NAME.search(node.id):
                     for binding in self.script.bindings.get(node.id, []):
@@ -764,7 +791,7 @@ def _update(call: ast.Call, roles: Roles, engines: set[str]) -> Update | None:
 
 def _manual_updates(script: Script) -> list[Update]:
     """No optimizer at all: `p.data.add_(p.grad, alpha=-lr)` after a backward."""
-    touches_grad = {script.scope_of(n) for n in ast.walk(script.tree)
+    touches_grad = {script.scope_of(n) for n in script.nodes
                     if isinstance(n, ast.Attribute) and n.attr == "grad"}
     return [Update(call, "") for call in script.calls
             if isinstance(call.func, ast.Attribute) and call.func.attr == "backward"
@@ -882,14 +909,14 @@ class Patcher:
         return self.out
 
     def _free_name(self) -> str:
-        taken = {n.id for n in ast.walk(self.script.tree) if isinstance(n, ast.Name)}
-        taken |= {n.arg for n in ast.walk(self.script.tree) if isinstance(n, ast.arg)}
-        taken |= {n.name for n in ast.walk(self.script.tree)
+        taken = {n.id for n in self.script.nodes if isinstance(n, ast.Name)}
+        taken |= {n.arg for n in self.script.nodes if isinstance(n, ast.arg)}
+        taken |= {n.name for n in self.script.nodes
                   if isinstance(n, (*FUNCTIONS, ast.ClassDef, ast.ExceptHandler)) and n.name}
-        taken |= {n.value for n in ast.walk(self.script.tree)
+        taken |= {n.value for n in self.script.nodes
                   if isinstance(n, ast.Constant) and isinstance(n.value, str)}
         taken |= set(self.script.imports)
-        for node in ast.walk(self.script.tree):
+        for node in self.script.nodes:
             taken |= set(getattr(node, "names", ())) if isinstance(
                 node, (ast.Global, ast.Nonlocal)) else set()
             if type(node).__name__ in {"MatchAs", "MatchStar"} and getattr(node, "name", None):
@@ -1095,7 +1122,7 @@ class NestPatcher:
         names = [m for o in [*self.optimizers, *self._visible_optimizers(bound)]
                  for m in self.roles.models_of(o)]
         found = [n for n in dict.fromkeys(names) if n in bound]
-        usual = [n for n in self.roles.module_like() if n in bound and n not in self.script.imports]
+        usual = [n for n in self.roles.module_like if n in bound and n not in self.script.imports]
         found = found or [n for n in usual if MODEL_NAME.search(last(n))] or usual
         copied = {dotted(c.func.value) for c in self.script.calls  # a target network
                   if isinstance(c.func, ast.Attribute) and c.func.attr == "load_state_dict"
@@ -1284,13 +1311,9 @@ def ends_with_newline(data: bytes) -> bool:
     return data.endswith((b"\n", b"\r"))
 
 
-_OWN_SETS: dict[int, tuple[ast.AST, set[ast.AST]]] = {}
-
-
-def own_set(node: ast.AST) -> set[ast.AST]:
-    if id(node) not in _OWN_SETS:
-        _OWN_SETS[id(node)] = (node, set(own(node)))
-    return _OWN_SETS[id(node)][1]
+@cache
+def own_set(node: ast.AST) -> frozenset[ast.AST]:
+    return frozenset(own(node))
 
 
 def key_of(expr: str) -> str:
@@ -1444,12 +1467,12 @@ class StepSpots:
         """Only names, numbers and comparisons, none of them assigned in `changing`."""
         allowed = (ast.Name, ast.Attribute, ast.Constant, ast.BinOp, ast.UnaryOp, ast.BoolOp,
                    ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)
-        for node in ast.walk(test):
+        for node in walk(test):
             is_len = isinstance(node, ast.Call) and dotted(node.func) == "len" and not node.keywords
             if not isinstance(node, allowed) and not is_len:
                 return False
         written = {name for n in own_all(changing) for name in targets(n)}
-        return not any(dotted(n) in written for n in ast.walk(test) if dotted(n))
+        return not any(dotted(n) in written for n in walk(test) if dotted(n))
 
 
 # --- The loss --------------------------------------------------------------------------------
@@ -1552,7 +1575,7 @@ class Losses:
     @staticmethod
     def _same_value(value: ast.expr, name: str) -> bool:
         """`loss = loss.item()` and the like keep it."""
-        return any(dotted(n) == name for n in ast.walk(value))
+        return any(dotted(n) == name for n in walk(value))
 
 
 def propagated(call: ast.Call, roles: Roles) -> ast.expr | None:
@@ -1634,7 +1657,7 @@ class Batch:
             isinstance(t, ast.Tuple) and any(dotted(e) == name for e in t.elts)
             and not (isinstance(loop.iter, ast.Call) and dotted(loop.iter.func) == "enumerate"
                      and t is loop.target)
-            for t in ast.walk(loop.target))
+            for t in walk(loop.target))
 
     def _returns_tensor(self, helper: Function, index: int | None, depth: int) -> bool:
         for node in own_all(helper.body):
@@ -1659,7 +1682,7 @@ class Batch:
                         loop.iter.func) == "range" and len(loop.iter.args) == 1:
                     count = ast.unparse(loop.iter.args[0])
         for test, _ in StepSpots(self.n).conditions():
-            for node in ast.walk(test.test):
+            for node in walk(test.test):
                 if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod):
                     count = ast.unparse(node.right)
         return f" * {count}" if re.fullmatch(r"[\w.]+", count) and count != "1" else ""
@@ -1872,7 +1895,7 @@ class Exposed:
                 if name and name not in defined:
                     self.found.add(name)
             if isinstance(inner, FUNCTIONS):
-                self.found |= {n.id for n in ast.walk(inner) if isinstance(n, ast.Name)} - defined
+                self.found |= {n.id for n in walk(inner) if isinstance(n, ast.Name)} - defined
 
     def _block(self, block: Sequence[ast.stmt], defined: set[str]) -> set[str]:
         for stmt in block:
@@ -1989,7 +2012,7 @@ class Evaluations:
     def _is_mapping(self, name: str, helper: Function | None) -> bool:
         return any(isinstance(n, ast.Subscript) and dotted(n.value) == name and isinstance(
             n.slice, ast.Constant) and isinstance(n.slice.value, str)
-            for n in ast.walk(self.script.tree))
+            for n in self.script.nodes)
 
     def _entry(self, name: str, stmt: ast.stmt) -> str:
         """`losses["val"]` when the script itself reads it right after."""
@@ -2015,7 +2038,7 @@ class Evaluations:
                     value = value.elts[index]
                 elif isinstance(value, (ast.Dict, ast.DictComp)) or index is not None:
                     return False
-                return any(LOSS_NAME.search(last(dotted(n))) for n in ast.walk(value)
+                return any(LOSS_NAME.search(last(dotted(n))) for n in walk(value)
                            if isinstance(n, (ast.Name, ast.Attribute)))
         return False
 
@@ -2061,7 +2084,7 @@ class Evaluations:
     def _meter(self, helper: Function, bound: frozenset[str]) -> str:
         """`losses.avg` of a meter whose class, in this file, has that attribute."""
         has_avg = any(isinstance(n, ast.Attribute) and n.attr == "avg" and dotted(n.value) == "self"
-                      for n in ast.walk(self.script.tree))
+                      for n in self.script.nodes)
         for name, bindings in self.script.bindings.items():
             if has_avg and name in bound and LOSS_NAME.search(name) and any(
                     b.scope is helper and "Meter" in ast.unparse(b.value) for b in bindings):
@@ -2106,7 +2129,7 @@ class Evaluations:
         for loop in self.n.nest.loops:
             if not (isinstance(loop, ast.For) and isinstance(loop.target, ast.Name)):
                 continue
-            words = [n.value for n in ast.walk(loop.iter) if isinstance(n, ast.Constant)
+            words = [n.value for n in walk(loop.iter) if isinstance(n, ast.Constant)
                      and isinstance(n.value, str) and HELD_OUT.search(n.value)]
             names = [n for s in loop.body if not isinstance(s, LOOPS) for n in targets(s)
                      if LOSS_NAME.search(n)]
