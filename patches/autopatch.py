@@ -451,12 +451,18 @@ def certain(block: Sequence[ast.stmt]) -> frozenset[str]:
     """Names that are bound whenever control comes out at the end of `block`."""
     names: set[str] = set()
     for stmt in block:
-        if isinstance(stmt, ast.Delete):
-            names -= {dotted(target) for target in stmt.targets}
+        names -= deleted(stmt)
         names |= certain_stmt(stmt) | evaluated(stmt)
         if isinstance(stmt, (*EXITS, ast.Raise)) or _is_exit_call(stmt):
             return EVERYTHING
     return frozenset(names)
+
+
+@cache
+def deleted(stmt: ast.stmt) -> frozenset[str]:
+    """Names that a statement may unbind, at any depth."""
+    return frozenset(name for node in own(stmt) if isinstance(node, ast.Delete)
+                     for target in node.targets for name, _, _ in unpack(target, target))
 
 
 def certain_stmt(stmt: ast.stmt) -> frozenset[str]:
@@ -569,23 +575,28 @@ class Bound:
 
     def _at(self, spot: Spot) -> frozenset[str]:
         names: set[str] = set()
+        gone: set[str] = set()  # unbound later on the way to the spot
         stmt = spot.block[0]
         block, index = spot.block, spot.index
         while True:
-            names |= certain(block[:index]) - {"*"}
-            removed = {dotted(t) for s in block[:index] if isinstance(s, ast.Delete)
-                       for t in s.targets}
-            names -= removed - (certain(block[:index]) - {"*"})
+            here = certain(block[:index]) - {"*"}
+            names |= here - gone
+            gone |= {n for s in block[:index] for n in deleted(s)} - here
             owner = self.script.parent[stmt]
             if isinstance(owner, ast.ExceptHandler):
                 owner = self.script.parent[owner]
-            elif isinstance(owner, (ast.For, ast.AsyncFor, ast.With, ast.AsyncWith)):
-                names |= set(targets(owner)) if block is owner.body else set()
+            elif isinstance(owner, (*LOOPS, ast.With, ast.AsyncWith)) and block is owner.body:
+                names |= set(targets(owner)) - gone
+                names |= set(evaluated(owner)) - gone
+                if isinstance(owner, LOOPS):  # unbound in the iteration before
+                    gone |= deleted(owner) - names
+            elif isinstance(owner, ast.If) and block is owner.body:
+                names |= evaluated(owner) - gone
             if not isinstance(owner, ast.stmt) or isinstance(owner, (*FUNCTIONS, ast.ClassDef)):
                 break
             stmt = owner
             block, index = self.script.home[owner].block, self.script.home[owner].index
-        return frozenset(names | self._from_outside(owner))
+        return frozenset(names | self._from_outside(owner) - gone)
 
     def _from_outside(self, scope: ast.AST) -> set[str]:
         if not isinstance(scope, FUNCTIONS):
@@ -628,6 +639,10 @@ LOSS_NAME = re.compile(r"loss|nll|ppl|perplex|bpb|(?:^|_)(?:err\w?|cost|elbo|mse
 METRIC_NAME = re.compile(r"acc|score|bleu|auc|^f1|map\b|_map|dice|iou|metric|reward|fid|prec|recall|top",
                          re.I)
 HELD_OUT = re.compile(r"val|test|eval|dev|held", re.I)
+HELD_OUT_LOSS = re.compile(r"(?:^|_)(?:val|valid|validation|test|eval|dev|heldout)_?\w*loss|"
+                           r"loss_?(?:test|valid|validation|eval|dev)$", re.I)
+ENGINE_NAME = re.compile(r"accelerat|fabric|booster|engine|strategy|autograd|^amp|scaler|trainer|^self$",
+                         re.I)
 CLOCK = re.compile(r"^(?:time\.\w+|perf_counter|time|monotonic|datetime\.\S+|timer|"
                    r"timeit\.default_timer)$")
 LANGUAGE = re.compile(r"block_size|seq_len|vocab|bptt|context_len|n_ctx|tokenizer|token", re.I)
@@ -766,8 +781,33 @@ class Update:
 def find_updates(script: Script, roles: Roles) -> list[Update]:
     engines = {dotted(c.func.value) for c in script.calls
                if isinstance(c.func, ast.Attribute) and c.func.attr == "backward" and c.args}
-    found = (_update(call, roles, engines) for call in script.calls)
-    return [update for update in found if update] or _manual_updates(script)
+    found = [update for call in script.calls if (update := _update(call, roles, engines))]
+    return [each for update in found for each in _spread(script, update)] or _manual_updates(script)
+
+
+def _spread(script: Script, update: Update) -> list[Update]:
+    """`for opt in optimizers: opt.step()` steps what is looped over."""
+    for loop in script.loops_around(update.call):
+        if isinstance(loop, ast.For) and update.optimizer in set(targets(loop)) and isinstance(
+                loop.iter, (ast.List, ast.Tuple)):
+            return [Update(update.call, dotted(e), update.scaler) for e in loop.iter.elts]
+    name = looped_over(script, update.call, update.optimizer)
+    return [Update(update.call, name, update.scaler)]
+
+
+def looped_over(script: Script, node: ast.AST, name: str) -> str:
+    """`optimizers` for the `opt` of `for opt in optimizers`, also through zip and enumerate."""
+    for loop in script.loops_around(node):
+        if not isinstance(loop, ast.For) or name not in set(targets(loop)):
+            continue
+        pairs = [(loop.target, loop.iter)]
+        if isinstance(loop.iter, ast.Call) and isinstance(loop.target, ast.Tuple):
+            given = loop.iter.args
+            if dotted(loop.iter.func) == "enumerate":
+                given = [loop.iter, *given]
+            pairs = list(zip(loop.target.elts, given, strict=False))
+        return next((dotted(source) for target, source in pairs if dotted(target) == name), "") or name
+    return name
 
 
 def _update(call: ast.Call, roles: Roles, engines: set[str]) -> Update | None:
@@ -840,6 +880,7 @@ class Nests:
         calls = self.script.callers(scope)
         if loops:
             outer, doubt = self._outer(calls, (*seen, scope))
+            doubt = doubt or self._perhaps_called(scope)
             yield node, loops + outer, doubt
             return
         for call in calls:
@@ -850,6 +891,18 @@ class Nests:
         if len({tuple(map(id, loops)) for loops in found}) > 1:
             return found[0], "the training function is called from several loops"
         return (found[0], "") if found else ([], "")
+
+    def _perhaps_called(self, scope: Function) -> str:
+        """A method of this name is called in a loop, on an object whose class is not known."""
+        if self.script.class_of(scope) is None:
+            return ""
+        for call in self.script.calls:
+            func = call.func
+            if isinstance(func, ast.Attribute) and func.attr == scope.name and (
+                    self.script.loops_around(call) and not self.script.definition(call)
+                    and not (func.attr in {"train", "eval"} and not call.args)):
+                return f"line {call.lineno} may call this training several times"
+        return ""
 
     def _over_optimizers(self, loop: Loop) -> bool:
         if isinstance(loop, ast.While):
@@ -875,6 +928,7 @@ class Nests:
                         big.doubtful = big.doubtful or ""
                     elif self.script.inside(big.inner, small.inner):
                         kept.remove(big)      # critic steps inside the iteration
+                        small.updates += big.updates
         return kept
 
 
@@ -902,7 +956,7 @@ class Patcher:
             raise NothingToPatch(where_to_look(self.script, self.roles, updates))
         self._import()
         for nest in nests:
-            self.out.parts.setdefault("validation", "none found")
+            self.out.parts.setdefault("validation", "none seen")
             NestPatcher(self, nest, several=len(nests) > 1).patch()
         self._unlogged(updates, nests)
         self.out.insertions = self._ordered()
@@ -1019,11 +1073,18 @@ class NestPatcher:
 
     def _levels(self) -> list[Loop]:
         """The loops of one run: those outside of which the optimizer is made."""
-        made = [b.stmt for u in self.nest.updates for b in self.script.bindings.get(u.optimizer, [])]
+        made = [b for u in self.nest.updates for b in self.script.bindings.get(u.optimizer, [])]
         loops = self.nest.loops
-        while len(loops) > 1 and any(stmt in own_set(loops[0]) for stmt in made):
+        while len(loops) > 1 and any(self._within(b, loops) for b in made):
             loops = loops[1:]
         return loops
+
+    def _within(self, made: Binding, loops: list[Loop]) -> bool:
+        """Made inside the outermost of these loops, or in a function that this loop calls."""
+        if made.stmt in own_set(loops[0]):
+            return True
+        called = {self.script.scope_of(loop) for loop in loops[1:]} - {self.script.scope_of(loops[0])}
+        return made.scope in called
 
     def patch(self) -> None:
         outer = self.loops[0]
@@ -1032,9 +1093,13 @@ class NestPatcher:
         self._watch(start)
         Evaluations(self).add()
         resumable = self._check_resume() and "resume" in self.p.wanted
-        carried = Carried(self).add() if resumable else Carry([], {})
+        carried = Carried(self).find() if resumable else Carry([], {})
+        resumable = resumable and not self.refusals
         if resumable:
+            carried.write(self)
             self._guards()
+        else:
+            carried.values.clear()
         self._steps(carried.values)
         self._finish(start)
         self._report(resumable)
@@ -1114,8 +1179,8 @@ class NestPatcher:
             return direct
         made = [n for n in self.script.bindings if n in bound
                 and self.roles.made_by(n, OPTIMIZER_CALL, "torch.optim.")]
-        named = [n for n in sorted(bound) if self.roles.optimizer(n) and "." not in n
-                 and n not in self.script.imports]
+        named = [n for n in sorted(bound) if "optim" in n.lower() and n in parameters(
+                 self.script.scope_of(self.loops[0]))]
         return list(dict.fromkeys([*direct, *(made or named)]))
 
     def _visible_models(self, bound: frozenset[str]) -> list[str]:
@@ -1123,16 +1188,26 @@ class NestPatcher:
                  for m in self.roles.models_of(o)]
         found = [n for n in dict.fromkeys(names) if n in bound]
         usual = [n for n in self.roles.module_like if n in bound and n not in self.script.imports]
-        found = found or [n for n in usual if MODEL_NAME.search(last(n))] or usual
+        called = [n for n in dict.fromkeys(dotted(c.func) for c in self.script.calls)
+                  if n in bound and re.search(r"model$|^net|net$", last(n))
+                  and n.partition(".")[0] not in self.script.imports
+                  and not any(f.name == last(n) for f in self.script.functions)]
+        found = self._of_scope(found or [n for n in usual if MODEL_NAME.search(last(n))] or usual
+                               or called)
         copied = {dotted(c.func.value) for c in self.script.calls  # a target network
                   if isinstance(c.func, ast.Attribute) and c.func.attr == "load_state_dict"
                   and c in own_set(self.loops[0]) and not self.roles.optimizer(dotted(c.func.value))}
         return list(dict.fromkeys([*found, *sorted(copied & bound)]))
 
     def _schedulers(self, bound: frozenset[str]) -> list[str]:
-        stepped = {dotted(c.func.value): None for c in self.script.calls
+        stepped = {looped_over(self.script, c, dotted(c.func.value)): None for c in self.script.calls
                    if isinstance(c.func, ast.Attribute) and c.func.attr in {"step", "step_update"}}
-        return [n for n in stepped if n in bound and self.roles.scheduler(n)]
+        return self._of_scope([n for n in stepped if n in bound and self.roles.scheduler(n)])
+
+    def _of_scope(self, names: list[str]) -> list[str]:
+        """The function's own names, where it has any: a global one may be the same object."""
+        local = locals_of(self.script.scope_of(self.loops[0]))
+        return [n for n in names if n.partition(".")[0] in local] or names
 
     def _loader(self, bound: frozenset[str]) -> list[str]:
         name = loop_source(self.nest.inner)
@@ -1399,6 +1474,9 @@ class StepSpots:
     def _steps(self, stmt: ast.stmt) -> bool:
         if isinstance(stmt, ast.If):
             return self._always(stmt)
+        if isinstance(stmt, ast.For) and any(isinstance(n, ast.Attribute) and n.attr == "grad"
+                                             for n in own(stmt)):
+            return True  # `for p in parameters: p.data.add_(p.grad, …)`
         return any(self.script.inside(site, stmt) for site in self.n.nest.sites)
 
     def _ends(self, block: list[ast.stmt], first: int) -> list[tuple[Spot, str]]:
@@ -1408,10 +1486,15 @@ class StepSpots:
             if leave in block:
                 continue
             found += self._before(leave)
+        return [*found, (self._end(block), "")]
+
+    @staticmethod
+    def _end(block: list[ast.stmt]) -> Spot:
+        """Behind the last statement, but before an exit and before names are deleted."""
         index = len(block)
-        if isinstance(block[-1], EXITS):
+        while index > 1 and isinstance(block[index - 1], (*EXITS, ast.Delete)):
             index -= 1
-        return [*found, (Spot(block, index), "")]
+        return Spot(block, index)
 
     def _exits(self, stmts: Sequence[ast.stmt]) -> list[ast.stmt]:
         last_site = max(getattr(s, "lineno", 0) for s in self.n.nest.sites)
@@ -1433,13 +1516,12 @@ class StepSpots:
     def _conditional(self, condition: tuple[ast.If, bool]) -> list[tuple[Spot, str]]:
         """Behind everything under the same tests, or at the end of the branch that steps."""
         tests = self.conditions()
-        top = tests[0][0]
-        place = self.script.home[top]
+        place = Spot(self.loop.body, self._top(tests[0][0]))
         rest = place.block[place.index:]
         after = place.block[place.index + 1:]
-        if place.block is self.loop.body and self._matter(after) and all(
+        if self._matter(after) and all(
                 self._pure(t.test, rest) for t, _ in tests) and not self._exits(after):
-            return [(Spot(place.block, len(place.block)), " and ".join(self._text(tests)))]
+            return [(self._end(place.block), " and ".join(self._text(tests)))]
         test, taken = condition
         branch = test.body if taken else test.orelse
         if self._matter(after):
@@ -1498,7 +1580,7 @@ class Losses:
                 found.setdefault(loss.expr, loss)
         for loss in self._returned():
             found.setdefault(loss.expr, loss)
-        if not found:
+        if not found and not self._in_helper():
             self.n.out.note(self.n.nest.sites[0], "the loss of this step has no name that can be "
                                                   "logged; steps are logged without it")
         return list(found.values())
@@ -1506,10 +1588,23 @@ class Losses:
     def _propagated(self) -> Iterator[tuple[ast.Call, ast.expr]]:
         inner = own_set(self.n.nest.inner)
         for call in self.script.calls:
-            if call in inner and self.script.scope_of(call) is self.n.scope:
-                expr = propagated(call, self.n.roles)
-                if expr is not None:
-                    yield call, expr
+            expr = propagated(call, self.n.roles)
+            if expr is None:
+                continue
+            scope = self.script.scope_of(call)
+            if call in inner and scope is self.n.scope:
+                yield call, expr
+            elif isinstance(scope, FUNCTIONS) and dotted(expr) in parameters(scope):
+                yield from self._given(scope, dotted(expr), inner)
+
+    def _given(self, helper: Function, parameter: str, inner: frozenset[ast.AST]
+               ) -> Iterator[tuple[ast.Call, ast.expr]]:
+        """`backward(loss)`, a helper: what the loop hands to it."""
+        order = [arg.arg for arg in helper.args.args if arg.arg != "self"]
+        for call in self.script.callers(helper):
+            index = order.index(parameter) if parameter in order else len(call.args)
+            if call in inner and index < len(call.args):
+                yield call, call.args[index]
 
     def _named(self, expr: ast.expr, call: ast.Call) -> Iterator[Loss]:
         """The names inside a back-propagated expression."""
@@ -1562,6 +1657,22 @@ class Losses:
                         if LOSS_NAME.search(last(name)):
                             yield Loss(name, name, stmt.lineno)
 
+    def _in_helper(self) -> bool:
+        """The step is in a helper that keeps the loss to itself: log it there."""
+        for update in self.n.nest.updates:
+            scope = self.script.scope_of(update.call)
+            if scope is self.n.scope or not isinstance(scope, FUNCTIONS):
+                continue
+            block = scope.body
+            spot = Spot(block, len(block) - isinstance(block[-1], ast.Return))
+            for call in self.script.calls:
+                expr = propagated(call, self.n.roles) if self.script.scope_of(call) is scope else None
+                name = dotted(expr) if expr is not None else ""
+                if name and "." not in name and spot.index and name in self.n.bound.at(spot):
+                    code = f'{self.n.obs}.log({{"loss/train": {name}}})'
+                    return self.n.p.add(spot, "step", code, "log", "the loss, where it has a name")
+        return False
+
     def overwritten(self, root: str, spot: Spot) -> bool:
         """Assigned again, after the backward and before `spot`, in a loop or without gradients."""
         name = root.partition(" ")[0].partition(".detach")[0]
@@ -1582,14 +1693,15 @@ def propagated(call: ast.Call, roles: Roles) -> ast.expr | None:
     """What a call back-propagates, in any of its spellings."""
     func = call.func
     if isinstance(func, ast.Attribute) and func.attr == "backward":
-        receiver = func.value
-        if call.args and (isinstance(receiver, (ast.Name, ast.Attribute))) and not LOSS_NAME.search(
-                last(dotted(receiver))):
-            if dotted(receiver).endswith("autograd"):
-                first = call.args[0]
-                return first.elts[0] if isinstance(first, (ast.List, ast.Tuple)) and first.elts else first
-            return call.args[0]
-        return receiver
+        receiver, name = func.value, last(dotted(func.value))
+        if not call.args or not name or LOSS_NAME.search(name):
+            return receiver
+        first = call.args[0]
+        if isinstance(first, (ast.List, ast.Tuple)) and first.elts:  # torch.autograd.backward([...])
+            first = first.elts[0]
+        if ENGINE_NAME.search(name) or LOSS_NAME.search(last(dotted(first))):
+            return first
+        return receiver if isinstance(first, ast.Call) else None
     given = any(roles.optimizer(dotted(a)) for a in call.args)
     if given and SCALER_NAME.search(last(dotted(func))) and len(call.args) > 1:
         return call.args[0]
@@ -1637,6 +1749,10 @@ class Batch:
 
     def _makes_tensor(self, binding: Binding, depth: int) -> bool:
         value = binding.value
+        if isinstance(value, ast.Subscript) and isinstance(value.value, ast.Name):
+            made = self.script.bindings.get(value.value.id, [])
+            cut = any(isinstance(n, ast.Slice) for n in walk(value.slice))
+            return cut and depth > 0 and any(self._makes_tensor(b, depth - 1) for b in made)
         while isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and (
                 value.func.attr in {"to", "cuda", "pin_memory", "long", "float"}):
             if isinstance(value.func.value, ast.Name) and binding.name == value.func.value.id:
@@ -1691,10 +1807,15 @@ class Batch:
 # --- What the loop carries -------------------------------------------------------------------
 @dataclass
 class Carry:
-    """The names that a resume restores: key -> expression, for the step line."""
+    """What a resume gives back: its lines, and key -> expression for the step line."""
 
-    lines: list[Insertion]
+    lines: list[tuple[Spot, str]]
     values: dict[str, str]
+
+    def write(self, nest: NestPatcher) -> None:
+        for spot, code in self.lines:
+            nest.p.add(spot, "resume", code, "resume",
+                       "what the loop carries from one iteration to the next", "likely")
 
 
 NOT_CARRIED = re.compile(r"bar$|^pbar|^progress|tqdm|writer|logger|meter|timer|^t\d?$|^tic$|"
@@ -1707,8 +1828,8 @@ class Carried:
     def __init__(self, nest: NestPatcher) -> None:
         self.n, self.script, self.bound = nest, nest.script, nest.bound
 
-    def add(self) -> Carry:
-        result = Carry([], {})
+    def find(self) -> Carry:
+        result = self.result = Carry([], {})
         mine = [lp for lp in self.n.loops if self.script.scope_of(lp) is self.n.scope]
         done: set[str] = set()
         for loop, inner in zip(mine, [*mine[1:], None], strict=False):
@@ -1730,8 +1851,7 @@ class Carried:
         keys = {self._key(name): name for name in defaults}
         left = ", ".join(keys.values())
         right = ", ".join(f"{key}={defaults[name]}" for key, name in keys.items())
-        self.n.p.add(spot, "resume", f"{left} = {self.n.obs}.resume({right})", "resume",
-                     "what the loop carries from one iteration to the next", "likely")
+        self.result.lines.append((spot, f"{left} = {self.n.obs}.resume({right})"))
         return keys
 
     def _key(self, name: str) -> str:
@@ -1757,11 +1877,12 @@ class Carried:
             if isinstance(node, (ast.Import, ast.ImportFrom, *FUNCTIONS, ast.ClassDef)):
                 continue
             written.update(dict.fromkeys(targets(node)))
-        exposed = Exposed(self.script, self.n.scope).of(loop)
-        kept = [n for n in written if n in exposed and self._plain(n, loop, outside)]
+        reader = Exposed(self.script, self.n.scope)
+        exposed = reader.of(loop)
+        kept = [n for n in written if n in exposed and self._plain(n, loop, outside, reader.direct)]
         return [*kept, *self._mutated(loop, outside, set(kept))]
 
-    def _plain(self, name: str, loop: Loop, outside: frozenset[str]) -> bool:
+    def _plain(self, name: str, loop: Loop, outside: frozenset[str], direct: frozenset[str]) -> bool:
         """Whether a value can be put into a checkpoint as it is."""
         roles = self.n.roles
         if NOT_CARRIED.search(last(name)) or roles.optimizer(name) or roles.scheduler(name) or (
@@ -1771,8 +1892,9 @@ class Carried:
         if "." not in name and name not in locals_of(scope) and not self._declared(name, scope):
             return False
         if name not in outside:
-            self.n.out.note(loop, f"{name} goes from one iteration to the next, but is not certainly "
-                                  f"bound before the loop; it is not restored")
+            if name in direct and not LOSS_NAME.search(name) and not METRIC_NAME.search(name):
+                self.n.refuse(loop, f"{name} goes from one iteration to the next, but is not "
+                                    f"certainly bound before the loop")
             return False
         made = [c for b in self.script.bindings.get(name, []) for c in _makers(b.value)]
         if any(CLOCK.match(self.script.resolve(c.func)) or CLOCK.match(dotted(c.func)) for c in made):
@@ -1821,8 +1943,9 @@ class Carried:
         """Names that only the batch loop binds and that are read after it: a run that resumes at
         the end of an epoch reads them before any batch has bound them."""
         inner = mine[-1]
-        outside = self.bound.at(self.script.home[mine[0]])
-        inside = certain(inner.body)
+        outside = self.bound.at(self.script.home[inner])
+        written = {name for node in own_all(inner.body) for name in targets(node)}
+        inside = certain(inner.body) & written & locals_of(self.n.scope)
         found: dict[str, None] = {}
         for stmt in self._after(mine):
             for node in own(stmt):
@@ -1831,7 +1954,7 @@ class Carried:
                         node, ast.Name) and isinstance(node.ctx, ast.Load):
                     found[name] = None
         made = {n for n in targets(inner)}
-        return [n for n in found if n not in made and self._small(n) and not self._rebound(n, mine)]
+        return [n for n in found if n not in made and not self._rebound(n, mine)]
 
     def _after(self, mine: list[Loop]) -> list[ast.stmt]:
         found: list[ast.stmt] = []
@@ -1852,10 +1975,6 @@ class Carried:
                    and b.stmt.lineno > mine[-1].lineno and b.scope is self.n.scope
                    for b in self.script.bindings.get(name, []))
 
-    def _small(self, name: str) -> bool:
-        return bool(LOSS_NAME.search(name) or METRIC_NAME.search(name)) and not re.search(
-            r"^(?:loss_fn|criterion|loss_func\w*)$", name)
-
 
 class Exposed:
     """Names that an iteration reads before it assigns them, so that they come from the one before."""
@@ -1863,6 +1982,7 @@ class Exposed:
     def __init__(self, script: Script, scope: Scope) -> None:
         self.script, self.scope = script, scope
         self.found: set[str] = set()
+        self.direct: frozenset[str] = frozenset()  # read in the loop itself, not behind it
 
     def of(self, loop: Loop) -> set[str]:
         self.found = set()
@@ -1870,6 +1990,7 @@ class Exposed:
         if isinstance(loop, ast.While):
             self._reads(loop.test, defined)
         self._block(loop.body, defined)
+        self.direct = frozenset(self.found)
         self._elsewhere(loop)
         return self.found
 
@@ -1949,13 +2070,15 @@ class Evaluations:
 
     def __init__(self, nest: NestPatcher) -> None:
         self.n, self.script, self.out = nest, nest.script, nest.out
+        self.helpers = {self.script.scope_of(u.call) for u in nest.nest.updates} - {nest.scope}
         self.scopes = {self.script.scope_of(loop) for loop in nest.nest.loops}
 
     def add(self) -> None:
-        recorded = any([self._call(call) for call in self._calls()])
+        calls = self._calls()
+        recorded = any([self._call(call) for call in calls])
         recorded = self._inline() or recorded
-        if recorded:
-            self.out.parts["validation"] = "yes"
+        if recorded or calls and self.out.parts["validation"] != "yes":
+            self.out.parts["validation"] = "yes" if recorded else "no"
 
     def _calls(self) -> list[ast.Call]:
         found = []
@@ -1985,7 +2108,7 @@ class Evaluations:
             names = [n for n, _, _ in unpack(stmt.targets[0], stmt.targets[0])]
         helper = self.script.definition(call)
         for index, name in enumerate(names):
-            if LOSS_NAME.search(last(name)) and not self._is_mapping(name, helper):
+            if LOSS_NAME.search(last(name)) and not self._is_mapping(name):
                 return self._record(after, name, call)
             if helper and self._returns_loss(helper, index if len(names) > 1 else None):
                 return self._record(after, name, call)
@@ -1994,7 +2117,7 @@ class Evaluations:
         if helper and self._within(helper):
             return True
         for name in names:
-            if METRIC_NAME.search(name) and "." not in name:
+            if METRIC_NAME.search(name) and "." not in name and not self._is_mapping(name):
                 code = f'{self.n.obs}.log({{"val/{name}": {name}}})'
                 return self._line(after, code, call)
         self.out.note(call, "an evaluation without a value that is a loss by name; not recorded")
@@ -2009,10 +2132,10 @@ class Evaluations:
         self.out.note(where, "no room for a line after this evaluation; not recorded")
         return False
 
-    def _is_mapping(self, name: str, helper: Function | None) -> bool:
-        return any(isinstance(n, ast.Subscript) and dotted(n.value) == name and isinstance(
-            n.slice, ast.Constant) and isinstance(n.slice.value, str)
-            for n in self.script.nodes)
+    def _is_mapping(self, name: str) -> bool:
+        return any(isinstance(n, ast.Subscript) and dotted(n.value) == name
+                   or isinstance(n, ast.Attribute) and n.attr in {"items", "keys", "get"}
+                   and dotted(n.value) == name for n in self.script.nodes)
 
     def _entry(self, name: str, stmt: ast.stmt) -> str:
         """`losses["val"]` when the script itself reads it right after."""
@@ -2083,20 +2206,22 @@ class Evaluations:
 
     def _meter(self, helper: Function, bound: frozenset[str]) -> str:
         """`losses.avg` of a meter whose class, in this file, has that attribute."""
-        has_avg = any(isinstance(n, ast.Attribute) and n.attr == "avg" and dotted(n.value) == "self"
-                      for n in self.script.nodes)
-        for name, bindings in self.script.bindings.items():
-            if has_avg and name in bound and LOSS_NAME.search(name) and any(
-                    b.scope is helper and "Meter" in ast.unparse(b.value) for b in bindings):
-                return f"{name}.avg"
-        return ""
+        read = {dotted(n) for n in own_all(helper.body) if isinstance(n, ast.Attribute)}
+        if any(isinstance(n, ast.Attribute) and n.attr == "avg" and dotted(n.value) == "self"
+               for n in self.script.nodes):
+            read |= {f"{name}.avg" for name, bindings in self.script.bindings.items() if any(
+                b.scope is helper and "Meter" in ast.unparse(b.value) for b in bindings)}
+        usable = [n for n in sorted(read) if last(n) in {"avg", "global_avg"}
+                  and n.partition(".")[0] in bound and LOSS_NAME.search(n)]
+        return (usable or [""])[0]
 
     # -- evaluation that is written out in the loop
     def _inline(self) -> bool:
         """`val_loss /= n` in the loop's own function."""
         done = False
         for name, bindings in self.script.bindings.items():
-            mine = [b for b in bindings if b.scope in self.scopes and self._in_nest(b.stmt)]
+            mine = [b for b in bindings if b.scope in self.scopes and self._in_nest(b.stmt)
+                    or b.scope in self.helpers and not self.script.loops_around(b.stmt)]
             if not mine or "." in name or not self._held_out_loss(name, mine[-1]):
                 continue
             done = self._after_last(name, mine) or done
@@ -2106,7 +2231,7 @@ class Evaluations:
         return any(self.script.inside(stmt, loop) for loop in self.n.nest.loops)
 
     def _held_out_loss(self, name: str, binding: Binding) -> bool:
-        if not LOSS_NAME.search(name) or not HELD_OUT.search(name) or re.search(
+        if not HELD_OUT_LOSS.search(name) or re.search(
                 r"best|min|prev|last|patience|list|history|losses$", name, re.I):
             return False
         return not any(EVAL_NAME.search(last(dotted(c.func))) for c in _makers(binding.value))
@@ -2120,7 +2245,6 @@ class Evaluations:
         home = self.script.home[stmt]
         spot = Spot(home.block, home.index + 1)
         if name not in self.n.bound.at(spot):
-            self.out.note(stmt, f"{name} is not certainly bound here; not recorded")
             return False
         return self._record(spot, name, stmt)
 
