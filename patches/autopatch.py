@@ -1,16 +1,16 @@
 """Add the observability call sites to a PyTorch training script, or take them away again.
 
     python autopatch.py train.py              print the diff; nothing is written
-    python autopatch.py train.py --write      apply it, keep a backup, put observability.py beside it
+    python autopatch.py train.py --write      apply it, keep a backup, copy observability.py to it
     python autopatch.py train.py --reverse    give back the original, byte for byte
-    python autopatch.py train.py --check      what was found, how sure that is, and what was left out
+    python autopatch.py train.py --check      what was found, how surely, and what was left out
     python autopatch.py train.py --only log,resume
-    python autopatch.py train.py --patch nanogpt-train.patch     apply a ready patch, pinned by sha256
+    python autopatch.py train.py --patch FILE     apply a ready patch, pinned by sha256
 
 It reads the script's syntax tree and runs nothing. It only adds whole lines, each ending in
 `# observability`; the script without them is the original. An added line uses names that are
 certainly bound where it stands, calls no function of the script, reads no batch, and turns the
-flow nowhere but in the two guards `if obs.skip_epoch(): continue` and `if obs.skip_batch(): continue`.
+flow nowhere but in the guards `if obs.skip_epoch(): continue`, `if obs.skip_batch(): continue`.
 Where that cannot be kept, the line is left out and said, with its number and the reason.
 
 Exit status: 0 found, 1 nothing to patch in this file (it says where to look), 2 cannot do it.
@@ -42,10 +42,20 @@ __all__ = ["Insertion", "PatchError", "Plan", "Script", "apply_pinned", "plan", 
 MARK = "# observability"
 PARTS = ("log", "validation", "resume")
 # Within one line of the original, what is added keeps this order.
-ORDER = {"import": 0, "init": 1, "watch": 2, "skip": 3, "resume": 4, "validation": 5, "step": 6,
-         "finish": 7}
-OURS = re.compile(r"\s*(?:import observability\b|(?:if .*: |[\w.,\s]+ = )?(?:obs|observability)\.\w+\(|"
-                  r"if (?:obs|observability)\.skip_\w+\()")
+ORDER = {
+    "import": 0,
+    "init": 1,
+    "watch": 2,
+    "skip": 3,
+    "resume": 4,
+    "validation": 5,
+    "step": 6,
+    "finish": 7,
+}
+OURS = re.compile(
+    r"\s*(?:import observability\b|(?:if .*: |[\w.,\s]+ = )?(?:obs|observability)\.\w+\(|"
+    r"if (?:obs|observability)\.skip_\w+\()"
+)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Scope = ast.Module | ast.FunctionDef | ast.AsyncFunctionDef
@@ -160,7 +170,8 @@ class Script:
             version = ".".join(map(str, sys.version_info[:2]))
             raise PatchError(
                 f"{self.name}:{line}: Python {version} cannot parse this script ({error}); if it "
-                f"needs another Python, run autopatch.py with that one") from error
+                f"needs another Python, run autopatch.py with that one"
+            ) from error
 
     def _index(self) -> None:
         for node in self.nodes:
@@ -197,7 +208,8 @@ class Script:
             if isinstance(node, ast.Import):
                 for alias in node.names:
                     table[alias.asname or alias.name.split(".")[0]] = (
-                        alias.name if alias.asname else alias.name.split(".")[0])
+                        alias.name if alias.asname else alias.name.split(".")[0]
+                    )
             elif isinstance(node, ast.ImportFrom):
                 for alias in node.names:
                     base = "." * node.level + (node.module or "")
@@ -206,15 +218,16 @@ class Script:
 
     def _bindings_of(self, node: ast.AST) -> Iterator[Binding]:
         if isinstance(node, ast.Assign):
-            pairs = [(target, node.value) for target in node.targets]
-        elif isinstance(node, (ast.AnnAssign, ast.AugAssign)) and node.value is not None:
-            pairs = [(node.target, node.value)]
-        elif isinstance(node, ast.NamedExpr):
-            pairs = [(node.target, node.value)]
+            places: list[ast.expr] = node.targets
+        elif isinstance(node, (ast.AnnAssign, ast.AugAssign, ast.NamedExpr)):
+            places = [node.target]
         else:
             return
+        value = node.value
+        if value is None:  # `x: int`
+            return
         stmt = self.stmt_of(node)
-        for target, value in pairs:
+        for target in places:
             for name, part, index in unpack(target, value):
                 yield Binding(name, part, index, stmt, self.scope_of(stmt))
 
@@ -254,8 +267,9 @@ class Script:
         child = node
         for parent in self.above(node):
             # The iterable and the `else` of a loop run once, not once an iteration.
-            if isinstance(parent, LOOPS) and (child in parent.body or (
-                    isinstance(parent, ast.While) and child is parent.test)):
+            if isinstance(parent, LOOPS) and (
+                child in parent.body or (isinstance(parent, ast.While) and child is parent.test)
+            ):
                 found.append(parent)
             child = parent
         return found
@@ -269,8 +283,11 @@ class Script:
 
     def callers(self, function: Function) -> list[ast.Call]:
         owner = self.class_of(function)
-        return [call for call in self.calls
-                if self.scope_of(call) is not function and self._calls(call, function, owner)]
+        return [
+            call
+            for call in self.calls
+            if self.scope_of(call) is not function and self._calls(call, function, owner)
+        ]
 
     def _calls(self, call: ast.Call, function: Function, owner: ast.ClassDef | None) -> bool:
         func = call.func
@@ -285,9 +302,14 @@ class Script:
         return any(isinstance(m, ast.Call) and last(dotted(m.func)) == owner.name for m in makers)
 
     def definition(self, call: ast.Call) -> Function | None:
-        return next((f for f in self.functions
-                     if f.name == last(dotted(call.func)) and self._calls(call, f, self.class_of(f))),
-                    None)
+        return next(
+            (
+                f
+                for f in self.functions
+                if f.name == last(dotted(call.func)) and self._calls(call, f, self.class_of(f))
+            ),
+            None,
+        )
 
     # -- where a line can be added
     def own_line(self, stmt: ast.stmt) -> bool:
@@ -298,15 +320,17 @@ class Script:
         return span[0] == first_line(stmt) and not row.encode()[:col].strip(b" \t\f@")
 
     def source_row(self, line: int) -> str:
-        if not hasattr(self, "_rows"):
-            self._rows = self.source.split("\n")
-        return self._rows[line - 1]
+        return self._source_rows[line - 1]
+
+    @cached_property
+    def _source_rows(self) -> list[str]:
+        return self.source.split("\n")
 
     def indent_of(self, block: list[ast.stmt]) -> str | None:
         if not self.own_line(block[0]):
             return None
         row = self.source_row(first_line(block[0]))
-        return row[:len(row) - len(row.lstrip(" \t\f"))]
+        return row[: len(row) - len(row.lstrip(" \t\f"))]
 
     def line_of(self, spot: Spot) -> int | None:
         """The line before which to add so that the new line stands at `spot`; None: no room."""
@@ -345,7 +369,8 @@ def blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
 
 
 def first_line(stmt: ast.stmt) -> int:
-    return min([stmt.lineno, *(d.lineno for d in getattr(stmt, "decorator_list", []))])
+    lines: list[int] = [d.lineno for d in getattr(stmt, "decorator_list", [])]
+    return min([stmt.lineno, *lines])
 
 
 def dotted(expr: ast.AST | None) -> str:
@@ -461,8 +486,13 @@ def certain(block: Sequence[ast.stmt]) -> frozenset[str]:
 @cache
 def deleted(stmt: ast.stmt) -> frozenset[str]:
     """Names that a statement may unbind, at any depth."""
-    return frozenset(name for node in own(stmt) if isinstance(node, ast.Delete)
-                     for target in node.targets for name, _, _ in unpack(target, target))
+    return frozenset(
+        name
+        for node in own(stmt)
+        if isinstance(node, ast.Delete)
+        for target in node.targets
+        for name, _, _ in unpack(target, target)
+    )
 
 
 def certain_stmt(stmt: ast.stmt) -> frozenset[str]:
@@ -485,7 +515,7 @@ def certain_stmt(stmt: ast.stmt) -> frozenset[str]:
 
 @cache
 def evaluated(stmt: ast.stmt) -> frozenset[str]:
-    """Names that a statement always reads: had one been unbound, it would not have come this far."""
+    """Names that a statement always reads: behind it, they are bound."""
     if isinstance(stmt, (*FUNCTIONS, ast.ClassDef, ast.Delete, ast.Try)):
         return frozenset()
     heads: list[ast.AST] = [stmt]
@@ -529,13 +559,19 @@ def _propagates(loop: ast.AST) -> bool:
 
 
 def _is_exit_call(stmt: ast.stmt) -> bool:
-    return (isinstance(stmt, ast.Expr) and isinstance(stmt.value, ast.Call)
-            and dotted(stmt.value.func) in {"sys.exit", "exit", "quit", "os._exit"})
+    return (
+        isinstance(stmt, ast.Expr)
+        and isinstance(stmt.value, ast.Call)
+        and dotted(stmt.value.func) in {"sys.exit", "exit", "quit", "os._exit"}
+    )
 
 
 def is_main_guard(stmt: ast.stmt) -> bool:
-    return (isinstance(stmt, ast.If) and isinstance(stmt.test, ast.Compare)
-            and dotted(stmt.test.left) == "__name__")
+    return (
+        isinstance(stmt, ast.If)
+        and isinstance(stmt.test, ast.Compare)
+        and dotted(stmt.test.left) == "__name__"
+    )
 
 
 def parameters(scope: Scope) -> set[str]:
@@ -612,8 +648,11 @@ class Bound:
     def _attributes(self, scope: Function) -> set[str]:
         """`self.x` that `__init__` always sets."""
         owner = self.script.class_of(scope)
-        inits = [f for f in owner.body if isinstance(f, FUNCTIONS) and f.name == "__init__"
-                 ] if owner and scope.name != "__init__" else []
+        inits = (
+            [f for f in owner.body if isinstance(f, FUNCTIONS) and f.name == "__init__"]
+            if owner and scope.name != "__init__"
+            else []
+        )
         return {n for f in inits for n in certain(f.body) if n.startswith("self.")}
 
 
@@ -622,34 +661,84 @@ OPTIMIZER_CALL = re.compile(
     r"^(?:\w*Adam\w*|\w*SGD\w*|RMSprop|Adagrad|Adadelta|Rprop|LBFGS|Lion\w*|\w*Muon\w*|Sophia\w*|"
     r"L[Aa][Mm][Bb]|LARS|Adafactor|Adan|SAM|\w*Shampoo|SOAP\w*|Prodigy|Ranger\w*|DAdapt\w*|"
     r"ScheduledOptim|NoamOpt|Optim|ZeroRedundancyOptimizer)$|[Oo]ptimizers?\w*$|"
-    r"(?:get|make|build|create|setup|configure)_optim\w*$|optimizer_class|optim_cls")
+    r"(?:get|make|build|create|setup|configure)_optim\w*$|optimizer_class|optim_cls"
+)
 NOT_OPTIMIZER_CALL = re.compile(r"param|group|state|zero|_lr|step|scheduler|sched", re.I)
 OPTIMIZER_NAME = re.compile(r"optim|(?:^|_)opt(?:s|_|\d|$)|^opt[A-Z]|Opt$|solver$", re.I)
-SCHEDULER_CALL = re.compile(r"(?:LR|Scheduler|ReduceLROnPlateau|WarmRestarts)$|^get_\w*schedul|"
-                            r"(?:build|create|make|get)_(?:lr_)?sched\w*$", re.I)
+SCHEDULER_CALL = re.compile(
+    r"(?:LR|Scheduler|ReduceLROnPlateau|WarmRestarts)$|^get_\w*schedul|"
+    r"(?:build|create|make|get)_(?:lr_)?sched\w*$",
+    re.I,
+)
 SCHEDULER_NAME = re.compile(r"sched|^lr_decay$|warmup_lr", re.I)
 SCALER_NAME = re.compile(r"scaler", re.I)
-MODEL_NAME = re.compile(r"model|net|module|actor|critic|agent|encoder|decoder|generator|"
-                        r"discriminator|policy|^[GD]$", re.I)
+MODEL_NAME = re.compile(
+    r"model|net|module|actor|critic|agent|encoder|decoder|generator|"
+    r"discriminator|policy|^[GD]$",
+    re.I,
+)
 ENV_NAME = re.compile(r"(?:^|_)envs?(?:_|\d|$)", re.I)
-EVAL_NAME = re.compile(r"(?:^|_)(?:eval\w*|evaluate\w*|evaluation|validat\w*|valid|val|test|dev|"
-                       r"estimate_loss\w*)(?:_|\d|$)", re.I)
-LOSS_NAME = re.compile(r"loss|nll|ppl|perplex|bpb|(?:^|_)(?:err\w?|cost|elbo|mse|ce|bce|objective)"
-                       r"(?:_|\d|$)|^err[DG]", re.I)
-METRIC_NAME = re.compile(r"acc|score|bleu|auc|^f1|map\b|_map|dice|iou|metric|reward|fid|prec|recall|top",
-                         re.I)
+EVAL_NAME = re.compile(
+    r"(?:^|_)(?:eval\w*|evaluate\w*|evaluation|validat\w*|valid|val|test|dev|"
+    r"estimate_loss\w*)(?:_|\d|$)",
+    re.I,
+)
+LOSS_NAME = re.compile(
+    r"loss|nll|ppl|perplex|bpb|(?:^|_)(?:err\w?|cost|elbo|mse|ce|bce|objective)"
+    r"(?:_|\d|$)|^err[DG]",
+    re.I,
+)
+METRIC_NAME = re.compile(
+    r"acc|score|bleu|auc|^f1|map\b|_map|dice|iou|metric|reward|fid|prec|recall|top|psnr", re.I
+)
 HELD_OUT = re.compile(r"val|test|eval|dev|held", re.I)
-HELD_OUT_LOSS = re.compile(r"(?:^|_)(?:val|valid|validation|test|eval|dev|heldout)_?\w*loss|"
-                           r"loss_?(?:test|valid|validation|eval|dev)$", re.I)
-ENGINE_NAME = re.compile(r"accelerat|fabric|booster|engine|strategy|autograd|^amp|scaler|trainer|^self$",
-                         re.I)
-CLOCK = re.compile(r"^(?:time\.\w+|perf_counter|time|monotonic|datetime\.\S+|timer|"
-                   r"timeit\.default_timer)$")
+HELD_OUT_LOSS = re.compile(
+    r"(?:^|_)(?:val|valid|validation|test|eval|dev|heldout)_?\w*loss|"
+    r"loss_?(?:test|valid|validation|eval|dev)$",
+    re.I,
+)
+ENGINE_NAME = re.compile(
+    r"accelerat|fabric|booster|engine|strategy|autograd|^amp|scaler|trainer|^self$", re.I
+)
+CLOCK = re.compile(
+    r"^(?:time\.\w+|perf_counter|time|monotonic|datetime\.\S+|timer|"
+    r"timeit\.default_timer)$"
+)
 LANGUAGE = re.compile(r"block_size|seq_len|vocab|bptt|context_len|n_ctx|tokenizer|token", re.I)
-TENSOR_METHODS = {"float", "long", "view", "reshape", "unsqueeze", "size", "shape", "numel", "permute",
-                  "transpose", "type", "contiguous", "pin_memory", "flatten"}
-TENSOR_MAKERS = {"stack", "randn", "rand", "randint", "tensor", "from_numpy", "zeros", "ones", "cat",
-                 "arange", "as_tensor", "LongTensor", "FloatTensor", "empty", "normal", "linspace"}
+TENSOR_METHODS = {
+    "float",
+    "long",
+    "view",
+    "reshape",
+    "unsqueeze",
+    "size",
+    "shape",
+    "numel",
+    "permute",
+    "transpose",
+    "type",
+    "contiguous",
+    "pin_memory",
+    "flatten",
+}
+TENSOR_MAKERS = {
+    "stack",
+    "randn",
+    "rand",
+    "randint",
+    "tensor",
+    "from_numpy",
+    "zeros",
+    "ones",
+    "cat",
+    "arange",
+    "as_tensor",
+    "LongTensor",
+    "FloatTensor",
+    "empty",
+    "normal",
+    "linspace",
+}
 
 
 class Roles:
@@ -663,12 +752,15 @@ class Roles:
         for binding in self.script.bindings.get(name, []):
             for call in _makers(binding.value):
                 full = self.script.resolve(call.func)
-                if isinstance(call.func, ast.Call) and call.func.args:  # getattr(torch.optim, x)(...)
+                if (
+                    isinstance(call.func, ast.Call) and call.func.args
+                ):  # getattr(torch.optim, x)(...)
                     full = self.script.resolve(call.func.args[0]) + ".X"
                 if full.startswith(prefix) and ".lr_scheduler" not in full and ".swa_" not in full:
                     return True
                 if test.search(last(full)) and (
-                        test is not OPTIMIZER_CALL or not NOT_OPTIMIZER_CALL.search(last(full))):
+                    test is not OPTIMIZER_CALL or not NOT_OPTIMIZER_CALL.search(last(full))
+                ):
                     return binding.index is None or bool(self.named(name, test))
         return False
 
@@ -683,7 +775,9 @@ class Roles:
         return self._optimizers[name]
 
     def _is_optimizer(self, name: str) -> bool:
-        if not name or SCHEDULER_NAME.search(last(name)) and not OPTIMIZER_CALL.search(last(name)):
+        if not name or (
+            SCHEDULER_NAME.search(last(name)) and not OPTIMIZER_CALL.search(last(name))
+        ):
             return False
         if self.made_by(name, OPTIMIZER_CALL, "torch.optim."):
             return True
@@ -694,13 +788,18 @@ class Roles:
 
     def arguments(self, name: str) -> bool:
         """Command-line arguments: the result of `parse_args()`."""
-        return any(last(dotted(call.func)) in {"parse_args", "parse_known_args"}
-                   for b in self.script.bindings.get(name, []) for call in _makers(b.value))
+        return any(
+            last(dotted(call.func)) in {"parse_args", "parse_known_args"}
+            for b in self.script.bindings.get(name, [])
+            for call in _makers(b.value)
+        )
 
     def scheduler(self, name: str) -> bool:
-        return bool(name) and not self.optimizer(name) and (
-            self.made_by(name, SCHEDULER_CALL)
-            or bool(SCHEDULER_NAME.search(last(name))))
+        return (
+            bool(name)
+            and not self.optimizer(name)
+            and (self.made_by(name, SCHEDULER_CALL) or bool(SCHEDULER_NAME.search(last(name))))
+        )
 
     @cached_property
     def module_like(self) -> list[str]:
@@ -712,7 +811,8 @@ class Roles:
                 continue
             name = dotted(func.value)
             plain = func.attr in {"parameters", "named_parameters"} or (
-                func.attr in {"train", "zero_grad", "eval"} and not call.args)
+                func.attr in {"train", "zero_grad", "eval"} and not call.args
+            )
             if name and plain and name != "self" and not self.optimizer(name):
                 found[name] = None
         return list(found)
@@ -728,8 +828,13 @@ class Roles:
     def _models_in(self, expr: ast.AST, found: dict[str, None], depth: int) -> None:
         for node in walk(expr):
             if isinstance(node, ast.Attribute) and node.attr in {
-                    "parameters", "named_parameters", "configure_optimizers", "configure_optimizer",
-                    "optim_parameters", "parameters_to_optimize"}:
+                "parameters",
+                "named_parameters",
+                "configure_optimizers",
+                "configure_optimizer",
+                "optim_parameters",
+                "parameters_to_optimize",
+            }:
                 found[self._root(dotted(node.value))] = None
             elif isinstance(node, ast.Name) and depth:
                 if node.id in self.module_like and MODEL_NAME.search(node.id):
@@ -779,8 +884,11 @@ class Update:
 
 
 def find_updates(script: Script, roles: Roles) -> list[Update]:
-    engines = {dotted(c.func.value) for c in script.calls
-               if isinstance(c.func, ast.Attribute) and c.func.attr == "backward" and c.args}
+    engines = {
+        dotted(c.func.value)
+        for c in script.calls
+        if isinstance(c.func, ast.Attribute) and c.func.attr == "backward" and c.args
+    }
     found = [update for call in script.calls if (update := _update(call, roles, engines))]
     return [each for update in found for each in _spread(script, update)] or _manual_updates(script)
 
@@ -788,8 +896,11 @@ def find_updates(script: Script, roles: Roles) -> list[Update]:
 def _spread(script: Script, update: Update) -> list[Update]:
     """`for opt in optimizers: opt.step()` steps what is looped over."""
     for loop in script.loops_around(update.call):
-        if isinstance(loop, ast.For) and update.optimizer in set(targets(loop)) and isinstance(
-                loop.iter, (ast.List, ast.Tuple)):
+        if (
+            isinstance(loop, ast.For)
+            and update.optimizer in set(targets(loop))
+            and isinstance(loop.iter, (ast.List, ast.Tuple))
+        ):
             return [Update(update.call, dotted(e), update.scaler) for e in loop.iter.elts]
     name = looped_over(script, update.call, update.optimizer)
     return [Update(update.call, name, update.scaler)]
@@ -806,7 +917,9 @@ def looped_over(script: Script, node: ast.AST, name: str) -> str:
             if dotted(loop.iter.func) == "enumerate":
                 given = [loop.iter, *given]
             pairs = list(zip(loop.target.elts, given, strict=False))
-        return next((dotted(source) for target, source in pairs if dotted(target) == name), "") or name
+        return (
+            next((dotted(source) for target, source in pairs if dotted(target) == name), "") or name
+        )
     return name
 
 
@@ -821,8 +934,11 @@ def _update(call: ast.Call, roles: Roles, engines: set[str]) -> Update | None:
         if roles.optimizer(receiver):
             holder = receiver.rpartition(".")[0]
             return Update(call, holder if roles.optimizer(holder) else receiver)
-        engine = receiver in engines and not SCALER_NAME.search(receiver) and (
-            "accelerator" not in receiver and "fabric" not in receiver)
+        engine = (
+            receiver in engines
+            and not SCALER_NAME.search(receiver)
+            and ("accelerator" not in receiver and "fabric" not in receiver)
+        )
         return Update(call, receiver) if engine else None
     if given and SCALER_NAME.search(last(dotted(func))):  # loss_scaler(loss, optimizer, ...)
         return Update(call, given[0], dotted(func))
@@ -831,11 +947,19 @@ def _update(call: ast.Call, roles: Roles, engines: set[str]) -> Update | None:
 
 def _manual_updates(script: Script) -> list[Update]:
     """No optimizer at all: `p.data.add_(p.grad, alpha=-lr)` after a backward."""
-    touches_grad = {script.scope_of(n) for n in script.nodes
-                    if isinstance(n, ast.Attribute) and n.attr == "grad"}
-    return [Update(call, "") for call in script.calls
-            if isinstance(call.func, ast.Attribute) and call.func.attr == "backward"
-            and script.scope_of(call) in touches_grad and script.loops_around(call)]
+    touches_grad = {
+        script.scope_of(n)
+        for n in script.nodes
+        if isinstance(n, ast.Attribute) and n.attr == "grad"
+    }
+    return [
+        Update(call, "")
+        for call in script.calls
+        if isinstance(call.func, ast.Attribute)
+        and call.func.attr == "backward"
+        and script.scope_of(call) in touches_grad
+        and script.loops_around(call)
+    ]
 
 
 # --- The loops around it ---------------------------------------------------------------------
@@ -869,8 +993,9 @@ class Nests:
                 nest.updates.append(update)
         return self._merge(list(self.by_loop.values()))
 
-    def _chains(self, node: ast.AST, seen: tuple[ast.AST, ...]
-                ) -> Iterator[tuple[ast.AST, list[Loop], str]]:
+    def _chains(
+        self, node: ast.AST, seen: tuple[ast.AST, ...]
+    ) -> Iterator[tuple[ast.AST, list[Loop], str]]:
         scope = self.script.scope_of(node)
         loops = [loop for loop in self.script.loops_around(node) if not self._over_optimizers(loop)]
         if isinstance(scope, ast.Module) or scope in seen or len(seen) > 5:
@@ -898,9 +1023,15 @@ class Nests:
             return ""
         for call in self.script.calls:
             func = call.func
-            if isinstance(func, ast.Attribute) and func.attr == scope.name and (
-                    self.script.loops_around(call) and not self.script.definition(call)
-                    and not (func.attr in {"train", "eval"} and not call.args)):
+            if (
+                isinstance(func, ast.Attribute)
+                and func.attr == scope.name
+                and (
+                    self.script.loops_around(call)
+                    and not self.script.definition(call)
+                    and not (func.attr in {"train", "eval"} and not call.args)
+                )
+            ):
                 return f"line {call.lineno} may call this training several times"
         return ""
 
@@ -908,10 +1039,14 @@ class Nests:
         if isinstance(loop, ast.While):
             return False
         names = {name for name, _, _ in unpack(loop.target, loop.target)}
-        steps = [n for n in own_all(loop.body) if isinstance(n, ast.Call)
-                 and isinstance(n.func, ast.Attribute) and n.func.attr in {"step", "zero_grad"}]
-        held = {dotted(n.func.value) for n in steps} | {
-            dotted(a) for n in steps for a in n.args}  # type: ignore[attr-defined]
+        steps = [
+            n
+            for n in own_all(loop.body)
+            if isinstance(n, ast.Call)
+            and isinstance(n.func, ast.Attribute)
+            and n.func.attr in {"step", "zero_grad"}
+        ]
+        held = {dotted(n.func.value) for n in steps} | {dotted(a) for n in steps for a in n.args}  # type: ignore[attr-defined]
         return bool(names & held)
 
     def _merge(self, nests: list[Nest]) -> list[Nest]:
@@ -924,10 +1059,9 @@ class Nests:
                 if small.inner in big.loops:  # `small` steps around `big`
                     mine = {u.optimizer for u in small.updates}
                     if mine <= {u.optimizer for u in big.updates}:
-                        kept.remove(small)    # the remainder of an accumulation
-                        big.doubtful = big.doubtful or ""
+                        kept.remove(small)  # the remainder of an accumulation
                     elif self.script.inside(big.inner, small.inner):
-                        kept.remove(big)      # critic steps inside the iteration
+                        kept.remove(big)  # critic steps inside the iteration
                         small.updates += big.updates
         return kept
 
@@ -965,21 +1099,32 @@ class Patcher:
     def _free_name(self) -> str:
         taken = {n.id for n in self.script.nodes if isinstance(n, ast.Name)}
         taken |= {n.arg for n in self.script.nodes if isinstance(n, ast.arg)}
-        taken |= {n.name for n in self.script.nodes
-                  if isinstance(n, (*FUNCTIONS, ast.ClassDef, ast.ExceptHandler)) and n.name}
-        taken |= {n.value for n in self.script.nodes
-                  if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        taken |= {
+            n.name
+            for n in self.script.nodes
+            if isinstance(n, (*FUNCTIONS, ast.ClassDef, ast.ExceptHandler)) and n.name
+        }
+        taken |= {
+            n.value
+            for n in self.script.nodes
+            if isinstance(n, ast.Constant) and isinstance(n.value, str)
+        }
         taken |= set(self.script.imports)
         for node in self.script.nodes:
-            taken |= set(getattr(node, "names", ())) if isinstance(
-                node, (ast.Global, ast.Nonlocal)) else set()
+            taken |= (
+                set(getattr(node, "names", ()))
+                if isinstance(node, (ast.Global, ast.Nonlocal))
+                else set()
+            )
             if type(node).__name__ in {"MatchAs", "MatchStar"} and getattr(node, "name", None):
                 taken.add(node.name)  # type: ignore[attr-defined]
         for name in ("obs", "observability"):
             if name not in taken:
                 return name
-        raise PatchError(f"{self.script.name}: uses both names, obs and observability, for "
-                         f"something else; rename one of them")
+        raise PatchError(
+            f"{self.script.name}: uses both names, obs and observability, for "
+            f"something else; rename one of them"
+        )
 
     def _import(self) -> None:
         body = self.script.tree.body
@@ -988,8 +1133,12 @@ class Patcher:
         index = (torch or imports or [-1])[0 if torch else -1]
         while index + 1 < len(body) and index + 1 in imports:
             index += 1
-        if index < 0 and body and isinstance(body[0], ast.Expr) and isinstance(
-                body[0].value, ast.Constant):
+        if (
+            index < 0
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
             index = 0
         spot = Spot(body, index + 1)
         while spot.index < len(body) and self.script.line_of(spot) is None:
@@ -1002,11 +1151,15 @@ class Patcher:
         logged = {u.call for nest in nests for u in nest.updates}
         for update in updates:
             if update.call not in logged:
-                self.out.note(update.call, "this optimizer step is outside the loop that is observed "
-                                           "(a remainder, or never called here); it is not counted")
+                self.out.note(
+                    update.call,
+                    "this optimizer step is outside the loop that is observed "
+                    "(a remainder, or never called here); it is not counted",
+                )
 
-    def add(self, spot: Spot, kind: str, code: str, part: str, why: str,
-            confidence: str = "sure") -> bool:
+    def add(
+        self, spot: Spot, kind: str, code: str, part: str, why: str, confidence: str = "sure"
+    ) -> bool:
         """Add a line at a spot; False when the original has no room for a line there."""
         line = self.script.line_of(spot)
         indent = self.script.indent_of(spot.block)
@@ -1025,8 +1178,10 @@ def where_to_look(script: Script, roles: Roles, updates: list[Update]) -> str:
     """Why there is nothing to patch, and which file to try instead."""
     if updates:
         line = updates[0].call.lineno
-        return (f"{script.name}:{line}: an optimizer steps here, but no loop of this file calls it; "
-                f"patch the script that has the loop")
+        return (
+            f"{script.name}:{line}: an optimizer steps here, but no loop of this file calls it; "
+            f"patch the script that has the loop"
+        )
     files = _local_files(script, roles)
     if files:
         return f"{script.name}: the optimizer is stepped elsewhere: try {', '.join(files)}"
@@ -1034,8 +1189,10 @@ def where_to_look(script: Script, roles: Roles, updates: list[Update]) -> str:
         name = script.resolve(call.func)
         if last(name) in {"Trainer", "SFTTrainer", "Seq2SeqTrainer", "Learner", "fit", "train"}:
             owner = next((script.imports[n] for n in script.imports if n in name.split(".")), "")
-            return (f"{script.name}:{call.lineno}: the loop is in {name or 'a framework'}()"
-                    f"{f' of {owner}' if owner else ''}, not in this file; use its callbacks")
+            return (
+                f"{script.name}:{call.lineno}: the loop is in {name or 'a framework'}()"
+                f"{f' of {owner}' if owner else ''}, not in this file; use its callbacks"
+            )
     return f"{script.name}: no optimizer step in a loop was found"
 
 
@@ -1046,12 +1203,23 @@ def _local_files(script: Script, roles: Roles) -> list[str]:
         head = dotted(call.func).partition(".")[0]
         full = script.imports.get(head, "")
         given = [*call.args, *(k.value for k in call.keywords)]
-        passed = any(roles.optimizer(dotted(a)) or roles.made_by(dotted(a), OPTIMIZER_CALL)
-                     for a in given if dotted(a))
+        passed = any(
+            roles.optimizer(dotted(a)) or roles.made_by(dotted(a), OPTIMIZER_CALL)
+            for a in given
+            if dotted(a)
+        )
         trains = re.search(r"train|fit|run_epoch|learn", last(dotted(call.func)), re.I)
-        if not full or full.split(".")[0] in {"torch", "transformers", "numpy", "tqdm", "torchvision"}:
+        if not full or full.split(".")[0] in {
+            "torch",
+            "transformers",
+            "numpy",
+            "tqdm",
+            "torchvision",
+        }:
             continue
-        if passed and not SCHEDULER_CALL.search(last(full)) or trains and script.loops_around(call):
+        if (passed and not SCHEDULER_CALL.search(last(full))) or (
+            trains and script.loops_around(call)
+        ):
             module = full.rsplit(".", 1)[0] if "." in full else full
             found[module.replace(".", "/") + ".py"] = None
     return list(found)
@@ -1083,7 +1251,9 @@ class NestPatcher:
         """Made inside the outermost of these loops, or in a function that this loop calls."""
         if made.stmt in own_set(loops[0]):
             return True
-        called = {self.script.scope_of(loop) for loop in loops[1:]} - {self.script.scope_of(loops[0])}
+        called = {self.script.scope_of(loop) for loop in loops[1:]} - {
+            self.script.scope_of(loops[0])
+        }
         return made.scope in called
 
     def patch(self) -> None:
@@ -1117,21 +1287,37 @@ class NestPatcher:
         config = self._config(bound)
         if config:
             args.append(f"config={config}")
-        ok = self.p.add(start, "init", f"{self.obs}.init({', '.join(args)})", "log", "opens the run")
+        ok = self.p.add(
+            start, "init", f"{self.obs}.init({', '.join(args)})", "log", "opens the run"
+        )
         if not ok:
             raise PatchError(f"{self.script.name}:{self.loops[0].lineno}: no room before the loop")
 
     def _config(self, bound: frozenset[str]) -> str:
         known = locals_of(self.script.scope_of(self.loops[0]))
         for name in self.script.bindings:
-            if self.roles.arguments(name) and name in bound and "." not in name and all(
-                    last(dotted(c.func)) == "parse_args" for b in self.script.bindings[name]
-                    for c in _makers(b.value)):
-                return f"vars({name})" if name not in parameters(
-                    self.script.scope_of(self.loops[0])) else name
+            if (
+                self.roles.arguments(name)
+                and name in bound
+                and "." not in name
+                and all(
+                    last(dotted(c.func)) == "parse_args"
+                    for b in self.script.bindings[name]
+                    for c in _makers(b.value)
+                )
+            ):
+                return (
+                    f"vars({name})"
+                    if name not in parameters(self.script.scope_of(self.loops[0]))
+                    else name
+                )
         for name in ("args", "opt", "config", "cfg", "hparams", "hps", "self.config"):
-            if name in bound and (name in known or name in self.script.bindings) and (
-                    name not in self.script.imports) and not self.roles.optimizer(name):
+            if (
+                name in bound
+                and (name in known or name in self.script.bindings)
+                and (name not in self.script.imports)
+                and not self.roles.optimizer(name)
+            ):
                 return name
         return ""
 
@@ -1140,10 +1326,12 @@ class NestPatcher:
         scope = self.script.scope_of(self.loops[0])
         if isinstance(scope, ast.Module) or "init_process_group" in self.script.source:
             return ""
-        starts = [c for c in self.script.calls
-                  if last(dotted(c.func)) in {"Process", "spawn", "start_processes"}
-                  and any(dotted(v) == scope.name for v in
-                          [*c.args, *(k.value for k in c.keywords)])]
+        starts = [
+            c
+            for c in self.script.calls
+            if last(dotted(c.func)) in {"Process", "spawn", "start_processes"}
+            and any(dotted(v) == scope.name for v in [*c.args, *(k.value for k in c.keywords)])
+        ]
         if not starts or not scope.args.args:
             return ""
         self.refuse(starts[0], "several processes train at once, each by its own steps")
@@ -1160,8 +1348,14 @@ class NestPatcher:
         args += self._keyword("scaler", [s for s in scalers if "." not in s or s in bound])
         args += self._keyword("loader", self._loader(bound))
         if args:
-            self.p.add(start, "watch", f"{self.obs}.watch({', '.join(args)})", "log",
-                       "what a checkpoint holds", "sure" if self.models and optimizers else "likely")
+            self.p.add(
+                start,
+                "watch",
+                f"{self.obs}.watch({', '.join(args)})",
+                "log",
+                "what a checkpoint holds",
+                "sure" if self.models and optimizers else "likely",
+            )
         if not self.models:
             self.refuse(self.loops[0], "no model was found that is bound before this loop")
         if self.optimizers and not optimizers:
@@ -1177,31 +1371,53 @@ class NestPatcher:
         direct = [n for n in self.optimizers if n in bound]
         if direct and len(direct) == len(self.optimizers):
             return direct
-        made = [n for n in self.script.bindings if n in bound
-                and self.roles.made_by(n, OPTIMIZER_CALL, "torch.optim.")]
-        named = [n for n in sorted(bound) if "optim" in n.lower() and n in parameters(
-                 self.script.scope_of(self.loops[0]))]
+        made = [
+            n
+            for n in self.script.bindings
+            if n in bound and self.roles.made_by(n, OPTIMIZER_CALL, "torch.optim.")
+        ]
+        named = [
+            n
+            for n in sorted(bound)
+            if "optim" in n.lower() and n in parameters(self.script.scope_of(self.loops[0]))
+        ]
         return list(dict.fromkeys([*direct, *(made or named)]))
 
     def _visible_models(self, bound: frozenset[str]) -> list[str]:
-        names = [m for o in [*self.optimizers, *self._visible_optimizers(bound)]
-                 for m in self.roles.models_of(o)]
+        names = [
+            m
+            for o in [*self.optimizers, *self._visible_optimizers(bound)]
+            for m in self.roles.models_of(o)
+        ]
         found = [n for n in dict.fromkeys(names) if n in bound]
         usual = [n for n in self.roles.module_like if n in bound and n not in self.script.imports]
-        called = [n for n in dict.fromkeys(dotted(c.func) for c in self.script.calls)
-                  if n in bound and re.search(r"model$|^net|net$", last(n))
-                  and n.partition(".")[0] not in self.script.imports
-                  and not any(f.name == last(n) for f in self.script.functions)]
-        found = self._of_scope(found or [n for n in usual if MODEL_NAME.search(last(n))] or usual
-                               or called)
-        copied = {dotted(c.func.value) for c in self.script.calls  # a target network
-                  if isinstance(c.func, ast.Attribute) and c.func.attr == "load_state_dict"
-                  and c in own_set(self.loops[0]) and not self.roles.optimizer(dotted(c.func.value))}
+        called = [
+            n
+            for n in dict.fromkeys(dotted(c.func) for c in self.script.calls)
+            if n in bound
+            and re.search(r"model$|^net|net$", last(n))
+            and n.partition(".")[0] not in self.script.imports
+            and not any(f.name == last(n) for f in self.script.functions)
+        ]
+        found = self._of_scope(
+            found or [n for n in usual if MODEL_NAME.search(last(n))] or usual or called
+        )
+        copied = {
+            dotted(c.func.value)
+            for c in self.script.calls  # a target network
+            if isinstance(c.func, ast.Attribute)
+            and c.func.attr == "load_state_dict"
+            and c in own_set(self.loops[0])
+            and not self.roles.optimizer(dotted(c.func.value))
+        }
         return list(dict.fromkeys([*found, *sorted(copied & bound)]))
 
     def _schedulers(self, bound: frozenset[str]) -> list[str]:
-        stepped = {looped_over(self.script, c, dotted(c.func.value)): None for c in self.script.calls
-                   if isinstance(c.func, ast.Attribute) and c.func.attr in {"step", "step_update"}}
+        stepped = {
+            looped_over(self.script, c, dotted(c.func.value)): None
+            for c in self.script.calls
+            if isinstance(c.func, ast.Attribute) and c.func.attr in {"step", "step_update"}
+        }
         return self._of_scope([n for n in stepped if n in bound and self.roles.scheduler(n)])
 
     def _of_scope(self, names: list[str]) -> list[str]:
@@ -1211,12 +1427,15 @@ class NestPatcher:
 
     def _loader(self, bound: frozenset[str]) -> list[str]:
         name = loop_source(self.nest.inner)
-        made = any(last(dotted(c.func)).endswith("DataLoader")
-                   for b in self.script.bindings.get(name, []) for c in _makers(b.value))
+        made = any(
+            last(dotted(c.func)).endswith("DataLoader")
+            for b in self.script.bindings.get(name, [])
+            for c in _makers(b.value)
+        )
         return [name] if made and name in bound else []
 
     def _finish(self, start: Spot) -> None:
-        """At the end of the function, or of the block that holds the loop; exit does it otherwise."""
+        """At the end of the block that holds the loop; at exit otherwise."""
         block, owner = start.block, self.script.parent[self.loops[0]]
         while isinstance(owner, (ast.With, ast.AsyncWith)):
             block = self.script.home[owner].block
@@ -1227,7 +1446,9 @@ class NestPatcher:
         if isinstance(block[-1], EXITS):
             index -= 1
         line = self.script.line_of(Spot(block, index))
-        if line is None or line > len(self.script.rows) and not ends_with_newline(self.script.data):
+        if line is None or (
+            line > len(self.script.rows) and not ends_with_newline(self.script.data)
+        ):
             return
         self.p.add(Spot(block, index), "finish", f"{self.obs}.finish()", "log", "closes the run")
 
@@ -1237,11 +1458,14 @@ class NestPatcher:
         for spot, test in StepSpots(self).find():
             code = self._step_call(spot, carry)
             code = f"if {test}: {code}" if test else code
-            placed |= self.p.add(spot, "step", code, "log", "one optimizer step",
-                                 "likely" if test else "sure")
+            placed |= self.p.add(
+                spot, "step", code, "log", "one optimizer step", "likely" if test else "sure"
+            )
         if not placed:
-            self.out.note(self.nest.inner, "no room for obs.step in this loop (its body is on the "
-                                           "line of its header)")
+            self.out.note(
+                self.nest.inner,
+                "no room for obs.step in this loop (its body is on the line of its header)",
+            )
 
     def _step_call(self, spot: Spot, carry: dict[str, str]) -> str:
         bound = self.bound.at(spot)
@@ -1251,8 +1475,10 @@ class NestPatcher:
         if carry and "resume" in self.p.wanted:
             missing = [e for e in carry.values() if e not in bound]
             for name in missing:
-                self.out.note(self.script.parent[spot.block[0]] if False else self.nest.inner,
-                              f"{name} may be unbound at the end of an iteration; not carried")
+                self.out.note(
+                    self.nest.inner,
+                    f"{name} may be unbound at the end of an iteration; not carried",
+                )
             inner = ", ".join(f'"{k}": {e}' for k, e in carry.items() if e in bound)
             args += [f"carry={{{inner}}}"] if inner else []
         return f"{self.obs}.step({', '.join(args)})"
@@ -1262,34 +1488,56 @@ class NestPatcher:
         for loss in self.losses:
             root = loss.expr.partition("[")[0]
             if root.partition(" ")[0].partition(".detach")[0] not in bound:
-                self.out.note(loss.line, f"the loss {root} is not certainly bound where the step is "
-                                         f"logged; it is left out")
+                self.out.note(
+                    loss.line,
+                    f"the loss {root} is not certainly bound where the step is "
+                    f"logged; it is left out",
+                )
             elif Losses(self).overwritten(root, spot):
-                self.out.note(loss.line, f"{root} is assigned again before the end of the iteration "
-                                         f"(an evaluation?); it is left out")
+                self.out.note(
+                    loss.line,
+                    f"{root} is assigned again before the end of the iteration "
+                    f"(an evaluation?); it is left out",
+                )
             else:
                 usable.append(loss)
         if not usable:
             return []
         main = usable[-1]
-        rest = [f"{key_of(x.expr)}={x.code}" for x in usable[:-1]
-                if key_of(x.expr) not in {"loss", "step", "tokens", "samples", "carry"}]
+        rest = [
+            f"{key_of(x.expr)}={x.code}"
+            for x in usable[:-1]
+            if key_of(x.expr) not in {"loss", "step", "tokens", "samples", "carry"}
+        ]
         return [f"loss={main.code}", *dict.fromkeys(rest)]
 
     def _counter(self, bound: frozenset[str]) -> list[str]:
         """The script's own count of steps: one that goes up by 1 an iteration and never back."""
         outside = self.bound.at(self.script.home[self.loops[0]])
         for node in own_all(self.nest.inner.body):
-            if (isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add)
-                    and isinstance(node.value, ast.Constant) and node.value.value == 1):
+            if (
+                isinstance(node, ast.AugAssign)
+                and isinstance(node.op, ast.Add)
+                and isinstance(node.value, ast.Constant)
+                and node.value.value == 1
+            ):
                 name = dotted(node.target)
-                if (isinstance(node.target, (ast.Name, ast.Attribute)) and name in bound
-                        and name in outside and self._counts_steps(node, name)
-                        and re.search(r"step|iter|batch|^n$|^i$|^t$", last(name), re.I)):
+                if (
+                    isinstance(node.target, (ast.Name, ast.Attribute))
+                    and name in bound
+                    and name in outside
+                    and self._counts_steps(node, name)
+                    and re.search(r"step|iter|batch|^n$|^i$|^t$", last(name), re.I)
+                ):
                     return [name]
         inner = self.nest.inner
-        if len(self.loops) == 1 and isinstance(inner, ast.For) and isinstance(
-                inner.target, ast.Name) and _is_range(inner.iter) and not self._conditional():
+        if (
+            len(self.loops) == 1
+            and isinstance(inner, ast.For)
+            and isinstance(inner.target, ast.Name)
+            and _is_range(inner.iter)
+            and not self._conditional()
+        ):
             return [inner.target.id] if inner.target.id in bound else []
         return []
 
@@ -1300,7 +1548,7 @@ class NestPatcher:
         site = self.script.stmt_of(self.nest.sites[0])
         mine = [n for n in self.script.above(node) if isinstance(n, (ast.If, *LOOPS))]
         theirs = [n for n in self.script.above(site) if isinstance(n, (ast.If, *LOOPS))]
-        return mine == theirs or all(n in theirs for n in mine) and not self._conditional()
+        return mine == theirs or (all(n in theirs for n in mine) and not self._conditional())
 
     def _conditional(self) -> bool:
         return bool(StepSpots(self).conditions())
@@ -1312,7 +1560,7 @@ class NestPatcher:
     def _check_resume(self) -> bool:
         if self.nest.doubtful:
             self.refuse(self.nest.inner, self.nest.doubtful)
-        if self.loops is not self.nest.loops and len(self.loops) < len(self.nest.loops):
+        if len(self.loops) < len(self.nest.loops) and not self._also_called_once():
             self.refuse(self.nest.loops[0], "several trainings, one after the other, in this loop")
         if self.several:
             self.refuse(self.loops[0], "several training loops in one file")
@@ -1322,23 +1570,33 @@ class NestPatcher:
         self._early_scheduler()
         return not self.refusals
 
+    def _also_called_once(self) -> bool:
+        """The training function is called in a loop (a search over settings), and without one."""
+        scope = self.script.scope_of(self.loops[0])
+        return isinstance(scope, FUNCTIONS) and any(
+            not self.script.loops_around(call) for call in self.script.callers(scope)
+        )
+
     def _state_elsewhere(self) -> None:
         """What a checkpoint cannot hold: an environment, a half-read iterator, a new optimizer."""
         for node in own_all([*self.loops[0].body, *self.nest.inner.body]):
             if not isinstance(node, ast.Call):
                 continue
             func = node.func
-            name = dotted(func.value) if isinstance(func, ast.Attribute) else ""
-            if name and ENV_NAME.search(last(name)) and func.attr in {"step", "reset"}:  # type: ignore[union-attr]
+            name, _, method = dotted(func).rpartition(".")
+            if name and ENV_NAME.search(last(name)) and method in {"step", "reset"}:
                 self.refuse(node, f"the state of {name} cannot be saved")
                 return
             if isinstance(func, ast.Name) and func.id == "iter" and self._remade(node):
-                self.refuse(node, "the iterator is made again in mid-loop; its position cannot be saved")
+                self.refuse(
+                    node, "the iterator is made again in mid-loop; its position cannot be saved"
+                )
                 return
         for optimizer in self.optimizers:
             for binding in self.script.bindings.get(optimizer, []):
                 if binding.stmt in own_set(self.loops[0]) and not isinstance(
-                        binding.stmt, ast.AugAssign):
+                    binding.stmt, ast.AugAssign
+                ):
                     self.refuse(binding.stmt, f"{optimizer} is made again inside the loop")
 
     def _remade(self, call: ast.Call) -> bool:
@@ -1348,10 +1606,19 @@ class NestPatcher:
         for loop, inner in zip(self.loops, self.loops[1:], strict=False):
             for stmt in prelude(self.script, loop, inner):
                 for node in own(stmt):
-                    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and (
-                            node.func.attr == "step" and self.roles.scheduler(dotted(node.func.value))):
-                        self.refuse(node, "the scheduler steps at the top of an epoch: a resumed "
-                                          "epoch would step it twice")
+                    if (
+                        isinstance(node, ast.Call)
+                        and isinstance(node.func, ast.Attribute)
+                        and (
+                            node.func.attr == "step"
+                            and self.roles.scheduler(dotted(node.func.value))
+                        )
+                    ):
+                        self.refuse(
+                            node,
+                            "the scheduler steps at the top of an epoch: a resumed "
+                            "epoch would step it twice",
+                        )
 
     def _guards(self) -> None:
         for loop in self.loops:
@@ -1360,9 +1627,13 @@ class NestPatcher:
             elif loop is self.loops[0]:
                 named = isinstance(loop, ast.For) and isinstance(loop.target, ast.Name)
                 label = loop.target.id if named else ""  # type: ignore[union-attr]
-                self.p.add(Spot(loop.body, 0), "skip",
-                           f"if {self.obs}.skip_epoch({label}): continue", "resume",
-                           "a resumed run passes what is done")
+                self.p.add(
+                    Spot(loop.body, 0),
+                    "skip",
+                    f"if {self.obs}.skip_epoch({label}): continue",
+                    "resume",
+                    "a resumed run passes what is done",
+                )
 
     def _guard_batches(self, loop: Loop) -> None:
         if isinstance(loop, ast.While) and len(self.loops) == 1 and not reads_next(loop):
@@ -1371,8 +1642,13 @@ class NestPatcher:
         for i, stmt in enumerate(loop.body):
             if reads_next([stmt]):
                 index = i + 1
-        self.p.add(Spot(loop.body, index), "skip", f"if {self.obs}.skip_batch(): continue", "resume",
-                   "a resumed run passes what is done")
+        self.p.add(
+            Spot(loop.body, index),
+            "skip",
+            f"if {self.obs}.skip_batch(): continue",
+            "resume",
+            "a resumed run passes what is done",
+        )
 
     def _report(self, resumable: bool) -> None:
         parts = self.out.parts
@@ -1412,8 +1688,14 @@ def loop_source(loop: Loop) -> str:
 
 def reads_next(where: Loop | Sequence[ast.stmt]) -> bool:
     nodes = where if isinstance(where, (list, tuple)) else where.body  # type: ignore[union-attr]
-    return any(isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "next"
-               and n.args and dotted(n.args[0]) for n in own_all(nodes))
+    return any(
+        isinstance(n, ast.Call)
+        and isinstance(n.func, ast.Name)
+        and n.func.id == "next"
+        and n.args
+        and dotted(n.args[0])
+        for n in own_all(nodes)
+    )
 
 
 def prelude(script: Script, loop: Loop, inner: ast.AST) -> list[ast.stmt]:
@@ -1443,8 +1725,7 @@ class StepSpots:
 
     def _steady(self) -> list[ast.AST]:
         """Sites that every iteration reaches; all of them where both branches of an `if` step."""
-        steady = [s for s in self.n.nest.sites if not self._tests(s)]
-        return steady or [s for s in self.n.nest.sites if self._covered(s)]
+        return [s for s in self.n.nest.sites if not self._tests(s)]
 
     def conditions(self) -> list[tuple[ast.If, bool]]:
         """The `if`s around the only update, outermost first; none if each iteration steps."""
@@ -1464,9 +1745,6 @@ class StepSpots:
             child = parent
         return found[::-1]
 
-    def _covered(self, site: ast.AST) -> bool:
-        return not self._tests(site)
-
     def _always(self, test: ast.If) -> bool:
         """Both branches step."""
         return all(any(self._steps(stmt) for stmt in branch) for branch in (test.body, test.orelse))
@@ -1474,8 +1752,9 @@ class StepSpots:
     def _steps(self, stmt: ast.stmt) -> bool:
         if isinstance(stmt, ast.If):
             return self._always(stmt)
-        if isinstance(stmt, ast.For) and any(isinstance(n, ast.Attribute) and n.attr == "grad"
-                                             for n in own(stmt)):
+        if isinstance(stmt, ast.For) and any(
+            isinstance(n, ast.Attribute) and n.attr == "grad" for n in own(stmt)
+        ):
             return True  # `for p in parameters: p.data.add_(p.grad, …)`
         return any(self.script.inside(site, stmt) for site in self.n.nest.sites)
 
@@ -1498,8 +1777,13 @@ class StepSpots:
 
     def _exits(self, stmts: Sequence[ast.stmt]) -> list[ast.stmt]:
         last_site = max(getattr(s, "lineno", 0) for s in self.n.nest.sites)
-        return [n for n in own_all(stmts) if isinstance(n, EXITS) and n.lineno > last_site
-                and (isinstance(n, ast.Return) or self.script.loops_around(n)[0] is self.loop)]
+        return [
+            n
+            for n in own_all(stmts)
+            if isinstance(n, EXITS)
+            and n.lineno > last_site
+            and (isinstance(n, ast.Return) or self.script.loops_around(n)[0] is self.loop)
+        ]
 
     def _before(self, leave: ast.stmt) -> list[tuple[Spot, str]]:
         home = self.script.home[leave]
@@ -1517,18 +1801,27 @@ class StepSpots:
         """Behind everything under the same tests, or at the end of the branch that steps."""
         tests = self.conditions()
         place = Spot(self.loop.body, self._top(tests[0][0]))
-        rest = place.block[place.index:]
-        after = place.block[place.index + 1:]
-        if self._matter(after) and all(
-                self._pure(t.test, rest) for t, _ in tests) and not self._exits(after):
+        rest = place.block[place.index :]
+        after = place.block[place.index + 1 :]
+        if (
+            self._matter(after)
+            and all(self._pure(t.test, rest) for t, _ in tests)
+            and not self._exits(after)
+        ):
             return [(self._end(place.block), " and ".join(self._text(tests)))]
         test, taken = condition
         branch = test.body if taken else test.orelse
         if self._matter(after):
-            self.n.out.note(test, "more happens after the branch that steps; a checkpoint taken there "
-                                  "has not seen it")
-        first = next(i for i, s in enumerate(branch)
-                     if any(self.script.inside(x, s) for x in self.n.nest.sites))
+            self.n.out.note(
+                test,
+                "more happens after the branch that steps; a checkpoint taken there "
+                "has not seen it",
+            )
+        first = next(
+            i
+            for i, s in enumerate(branch)
+            if any(self.script.inside(x, s) for x in self.n.nest.sites)
+        )
         if self.script.indent_of(branch) is None and self._pure(test.test, [test]):
             return [(Spot(place.block, place.index + 1), " and ".join(self._text(tests)))]
         return self._ends(branch, first)
@@ -1541,14 +1834,34 @@ class StepSpots:
     @staticmethod
     def _matter(stmts: Sequence[ast.stmt]) -> bool:
         """Whether anything but printing follows."""
-        return any(not (isinstance(s, ast.Pass) or isinstance(s, ast.Expr) and isinstance(
-            s.value, ast.Call) and last(dotted(s.value.func)) in {"print", "info", "set_postfix"})
-            for s in stmts)
+        return any(
+            not (
+                isinstance(s, ast.Pass)
+                or (
+                    isinstance(s, ast.Expr)
+                    and isinstance(s.value, ast.Call)
+                    and last(dotted(s.value.func)) in {"print", "info", "set_postfix"}
+                )
+            )
+            for s in stmts
+        )
 
     def _pure(self, test: ast.expr, changing: Sequence[ast.stmt]) -> bool:
         """Only names, numbers and comparisons, none of them assigned in `changing`."""
-        allowed = (ast.Name, ast.Attribute, ast.Constant, ast.BinOp, ast.UnaryOp, ast.BoolOp,
-                   ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)
+        allowed = (
+            ast.Name,
+            ast.Attribute,
+            ast.Constant,
+            ast.BinOp,
+            ast.UnaryOp,
+            ast.BoolOp,
+            ast.Compare,
+            ast.operator,
+            ast.unaryop,
+            ast.boolop,
+            ast.cmpop,
+            ast.expr_context,
+        )
         for node in walk(test):
             is_len = isinstance(node, ast.Call) and dotted(node.func) == "len" and not node.keywords
             if not isinstance(node, allowed) and not is_len:
@@ -1581,8 +1894,10 @@ class Losses:
         for loss in self._returned():
             found.setdefault(loss.expr, loss)
         if not found and not self._in_helper():
-            self.n.out.note(self.n.nest.sites[0], "the loss of this step has no name that can be "
-                                                  "logged; steps are logged without it")
+            self.n.out.note(
+                self.n.nest.sites[0],
+                "the loss of this step has no name that can be logged; steps are logged without it",
+            )
         return list(found.values())
 
     def _propagated(self) -> Iterator[tuple[ast.Call, ast.expr]]:
@@ -1597,8 +1912,9 @@ class Losses:
             elif isinstance(scope, FUNCTIONS) and dotted(expr) in parameters(scope):
                 yield from self._given(scope, dotted(expr), inner)
 
-    def _given(self, helper: Function, parameter: str, inner: frozenset[ast.AST]
-               ) -> Iterator[tuple[ast.Call, ast.expr]]:
+    def _given(
+        self, helper: Function, parameter: str, inner: frozenset[ast.AST]
+    ) -> Iterator[tuple[ast.Call, ast.expr]]:
         """`backward(loss)`, a helper: what the loop hands to it."""
         order = [arg.arg for arg in helper.args.args if arg.arg != "self"]
         for call in self.script.callers(helper):
@@ -1610,8 +1926,11 @@ class Losses:
         """The names inside a back-propagated expression."""
         if isinstance(expr, (ast.Name, ast.Attribute)) and dotted(expr):
             yield Loss(dotted(expr), self._scaled(dotted(expr), call), call.lineno)
-        elif isinstance(expr, ast.Subscript) and isinstance(expr.slice, ast.Constant) and isinstance(
-                expr.value, ast.Name):
+        elif (
+            isinstance(expr, ast.Subscript)
+            and isinstance(expr.slice, ast.Constant)
+            and isinstance(expr.value, ast.Name)
+        ):
             yield Loss(ast.unparse(expr), ast.unparse(expr), call.lineno)
         elif isinstance(expr, ast.BinOp):
             if isinstance(expr.op, (ast.Add, ast.Sub)):
@@ -1639,11 +1958,17 @@ class Losses:
             value = binding.value
             if isinstance(binding.stmt, ast.AugAssign):
                 divisor = value if isinstance(binding.stmt.op, ast.Div) else None
-            elif isinstance(value, ast.BinOp) and isinstance(value.op, ast.Div) and (
-                    dotted(value.left) == name):
+            elif (
+                isinstance(value, ast.BinOp)
+                and isinstance(value.op, ast.Div)
+                and (dotted(value.left) == name)
+            ):
                 divisor = value.right
-            if divisor is not None and isinstance(divisor, (ast.Name, ast.Attribute, ast.Constant)) and (
-                    re.search(r"accum|micro|grad", ast.unparse(divisor))):
+            if (
+                divisor is not None
+                and isinstance(divisor, (ast.Name, ast.Attribute, ast.Constant))
+                and (re.search(r"accum|micro|grad", ast.unparse(divisor)))
+            ):
                 return f"{name}.detach() * {ast.unparse(divisor)}"
         return name
 
@@ -1666,7 +1991,9 @@ class Losses:
             block = scope.body
             spot = Spot(block, len(block) - isinstance(block[-1], ast.Return))
             for call in self.script.calls:
-                expr = propagated(call, self.n.roles) if self.script.scope_of(call) is scope else None
+                expr = (
+                    propagated(call, self.n.roles) if self.script.scope_of(call) is scope else None
+                )
                 name = dotted(expr) if expr is not None else ""
                 if name and "." not in name and spot.index and name in self.n.bound.at(spot):
                     code = f'{self.n.obs}.log({{"loss/train": {name}}})'
@@ -1679,9 +2006,12 @@ class Losses:
         last_site = max(getattr(s, "lineno", 0) for s in self.n.nest.sites)
         inner = own_set(self.n.nest.inner)
         end = self.script.line_of(spot) or 0
-        return any(b.stmt in inner and last_site < b.stmt.lineno < end
-                   and not self._same_value(b.value, name)
-                   for b in self.script.bindings.get(name, []))
+        return any(
+            b.stmt in inner
+            and last_site < b.stmt.lineno < end
+            and not self._same_value(b.value, name)
+            for b in self.script.bindings.get(name, [])
+        )
 
     @staticmethod
     def _same_value(value: ast.expr, name: str) -> bool:
@@ -1697,7 +2027,9 @@ def propagated(call: ast.Call, roles: Roles) -> ast.expr | None:
         if not call.args or not name or LOSS_NAME.search(name):
             return receiver
         first = call.args[0]
-        if isinstance(first, (ast.List, ast.Tuple)) and first.elts:  # torch.autograd.backward([...])
+        if (
+            isinstance(first, (ast.List, ast.Tuple)) and first.elts
+        ):  # torch.autograd.backward([...])
             first = first.elts[0]
         if ENGINE_NAME.search(name) or LOSS_NAME.search(last(dotted(first))):
             return first
@@ -1731,21 +2063,37 @@ class Batch:
             names = [n for n, _, _ in unpack(loop.target, loop.target)]
         for node in own_all(loop.body):
             if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Call, ast.Tuple)):
-                names += [n for target in node.targets if isinstance(target, ast.Tuple)
-                          for n, _, _ in unpack(target, node.value)]
-        return [n for n in names if "." not in n and not LOSS_NAME.search(n) and not re.search(
-            r"^(?:i|j|k|idx|step|epoch|_|it|batch_idx|iteration|batch_i|out\w*|logits|pred\w*|hidden)$",
-            n)]
+                names += [
+                    n
+                    for target in node.targets
+                    if isinstance(target, ast.Tuple)
+                    for n, _, _ in unpack(target, node.value)
+                ]
+        return [
+            n
+            for n in names
+            if "." not in n
+            and not LOSS_NAME.search(n)
+            and not re.search(
+                r"^(?:i|j|k|idx|step|epoch|_|it|batch_idx|iteration|batch_i|out\w*|logits|pred\w*|hidden)$",
+                n,
+            )
+        ]
 
     def _is_tensor(self, name: str) -> bool:
         """Certain only by use: taken apart by a tensor's own methods, or made by torch."""
-        for node in own_all(self.n.scope.body if isinstance(self.n.scope, FUNCTIONS)
-                            else self.n.scope.body):
-            if isinstance(node, ast.Attribute) and dotted(node.value) == name and (
-                    node.attr in TENSOR_METHODS):
+        for node in own_all(self.n.scope.body):
+            if (
+                isinstance(node, ast.Attribute)
+                and dotted(node.value) == name
+                and (node.attr in TENSOR_METHODS)
+            ):
                 return True
-        return any(self._makes_tensor(b, 2) for b in self.script.bindings.get(name, [])
-                   if b.scope is self.n.scope or b.scope is self.script.tree)
+        return any(
+            self._makes_tensor(b, 2)
+            for b in self.script.bindings.get(name, [])
+            if b.scope is self.n.scope or b.scope is self.script.tree
+        )
 
     def _makes_tensor(self, binding: Binding, depth: int) -> bool:
         value = binding.value
@@ -1753,8 +2101,11 @@ class Batch:
             made = self.script.bindings.get(value.value.id, [])
             cut = any(isinstance(n, ast.Slice) for n in walk(value.slice))
             return cut and depth > 0 and any(self._makes_tensor(b, depth - 1) for b in made)
-        while isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and (
-                value.func.attr in {"to", "cuda", "pin_memory", "long", "float"}):
+        while (
+            isinstance(value, ast.Call)
+            and isinstance(value.func, ast.Attribute)
+            and (value.func.attr in {"to", "cuda", "pin_memory", "long", "float"})
+        ):
             if isinstance(value.func.value, ast.Name) and binding.name == value.func.value.id:
                 return self._from_tuple(binding.name)
             value = value.func.value
@@ -1770,10 +2121,15 @@ class Batch:
         """`for x, y in loader: x = x.to(device)`: an element of a batch tuple."""
         loop = self.n.nest.inner
         return isinstance(loop, (ast.For, ast.AsyncFor)) and any(
-            isinstance(t, ast.Tuple) and any(dotted(e) == name for e in t.elts)
-            and not (isinstance(loop.iter, ast.Call) and dotted(loop.iter.func) == "enumerate"
-                     and t is loop.target)
-            for t in walk(loop.target))
+            isinstance(t, ast.Tuple)
+            and any(dotted(e) == name for e in t.elts)
+            and not (
+                isinstance(loop.iter, ast.Call)
+                and dotted(loop.iter.func) == "enumerate"
+                and t is loop.target
+            )
+            for t in walk(loop.target)
+        )
 
     def _returns_tensor(self, helper: Function, index: int | None, depth: int) -> bool:
         for node in own_all(helper.body):
@@ -1792,10 +2148,14 @@ class Batch:
         count = ""
         for call, _ in Losses(self.n)._propagated():
             loops = self.script.loops_around(call)
-            inner = loops[:loops.index(self.n.nest.inner)] if self.n.nest.inner in loops else []
+            inner = loops[: loops.index(self.n.nest.inner)] if self.n.nest.inner in loops else []
             for loop in inner:
-                if isinstance(loop, ast.For) and isinstance(loop.iter, ast.Call) and dotted(
-                        loop.iter.func) == "range" and len(loop.iter.args) == 1:
+                if (
+                    isinstance(loop, ast.For)
+                    and isinstance(loop.iter, ast.Call)
+                    and dotted(loop.iter.func) == "range"
+                    and len(loop.iter.args) == 1
+                ):
                     count = ast.unparse(loop.iter.args[0])
         for test, _ in StepSpots(self.n).conditions():
             for node in walk(test.test):
@@ -1814,12 +2174,21 @@ class Carry:
 
     def write(self, nest: NestPatcher) -> None:
         for spot, code in self.lines:
-            nest.p.add(spot, "resume", code, "resume",
-                       "what the loop carries from one iteration to the next", "likely")
+            nest.p.add(
+                spot,
+                "resume",
+                code,
+                "resume",
+                "what the loop carries from one iteration to the next",
+                "likely",
+            )
 
 
-NOT_CARRIED = re.compile(r"bar$|^pbar|^progress|tqdm|writer|logger|meter|timer|^t\d?$|^tic$|"
-                         r"start_time|_time$|^start$|^end$|profiler|^prof$", re.I)
+NOT_CARRIED = re.compile(
+    r"bar$|^pbar|^progress|tqdm|writer|logger|meter|timer|^t\d?$|^tic$|"
+    r"start_time|_time$|^start$|^end$|profiler|^prof$",
+    re.I,
+)
 
 
 class Carried:
@@ -1833,7 +2202,9 @@ class Carried:
         mine = [lp for lp in self.n.loops if self.script.scope_of(lp) is self.n.scope]
         done: set[str] = set()
         for loop, inner in zip(mine, [*mine[1:], None], strict=False):
-            names = [n for n in self._carried(loop) if n not in done and not self._later(n, loop, inner)]
+            names = [
+                n for n in self._carried(loop) if n not in done and not self._later(n, loop, inner)
+            ]
             done |= set(names)
             defaults = {n: n for n in names}
             if loop is mine[0]:
@@ -1867,7 +2238,9 @@ class Carried:
         if inner is None:
             return False
         before = prelude(self.script, loop, inner)
-        return any(name in set(targets(n)) for n in own_all(before)) and name in self._carried(inner)
+        return any(name in set(targets(n)) for n in own_all(before)) and name in self._carried(
+            inner
+        )
 
     def _carried(self, loop: Loop) -> list[str]:
         """Names bound before the loop, assigned in it, and read before they are assigned there."""
@@ -1877,52 +2250,73 @@ class Carried:
             if isinstance(node, (ast.Import, ast.ImportFrom, *FUNCTIONS, ast.ClassDef)):
                 continue
             written.update(dict.fromkeys(targets(node)))
+        for name in [n for n in written if "." in n and n.partition(".")[0] in written]:
+            del written[name]  # an attribute of a name that is bound anew each time
         reader = Exposed(self.script, self.n.scope)
         exposed = reader.of(loop)
         kept = [n for n in written if n in exposed and self._plain(n, loop, outside, reader.direct)]
         return [*kept, *self._mutated(loop, outside, set(kept))]
 
-    def _plain(self, name: str, loop: Loop, outside: frozenset[str], direct: frozenset[str]) -> bool:
+    def _plain(
+        self, name: str, loop: Loop, outside: frozenset[str], direct: frozenset[str]
+    ) -> bool:
         """Whether a value can be put into a checkpoint as it is."""
         roles = self.n.roles
-        if NOT_CARRIED.search(last(name)) or roles.optimizer(name) or roles.scheduler(name) or (
-                name in self.n.models or SCALER_NAME.search(last(name))):
+        if (
+            NOT_CARRIED.search(last(name))
+            or roles.optimizer(name)
+            or roles.scheduler(name)
+            or (name in self.n.models or SCALER_NAME.search(last(name)))
+        ):
             return False
         scope = self.script.scope_of(loop)
         if "." not in name and name not in locals_of(scope) and not self._declared(name, scope):
             return False
         if name not in outside:
             if name in direct and not LOSS_NAME.search(name) and not METRIC_NAME.search(name):
-                self.n.refuse(loop, f"{name} goes from one iteration to the next, but is not "
-                                    f"certainly bound before the loop")
+                self.n.refuse(
+                    loop,
+                    f"{name} goes from one iteration to the next, but is not "
+                    f"certainly bound before the loop",
+                )
             return False
         made = [c for b in self.script.bindings.get(name, []) for c in _makers(b.value)]
-        if any(CLOCK.match(self.script.resolve(c.func)) or CLOCK.match(dotted(c.func)) for c in made):
+        if any(
+            CLOCK.match(self.script.resolve(c.func)) or CLOCK.match(dotted(c.func)) for c in made
+        ):
             return False
         strange = [c for c in made if self._is_object(c)]
         if strange:
-            self.n.out.note(strange[0], f"{name} is an object of "
-                                        f"{dotted(strange[0].func)}; a resume does not restore it")
+            self.n.out.note(
+                strange[0],
+                f"{name} is an object of {dotted(strange[0].func)}; a resume does not restore it",
+            )
             return False
         return True
 
     def _declared(self, name: str, scope: Scope) -> bool:
-        return any(isinstance(n, (ast.Global, ast.Nonlocal)) and name in n.names
-                   for n in own_all(scope.body))
+        return any(
+            isinstance(n, (ast.Global, ast.Nonlocal)) and name in n.names
+            for n in own_all(scope.body)
+        )
 
     @staticmethod
     def _is_object(call: ast.Call) -> bool:
         name = last(dotted(call.func))
         return name in {"iter", "open", "tqdm", "trange", "cycle", "enumerate", "zip", "deque"} or (
-            name[:1].isupper() and not name.endswith("Tensor"))
+            name[:1].isupper() and not name.endswith("Tensor")
+        )
 
     def _mutated(self, loop: Loop, outside: frozenset[str], kept: set[str]) -> list[str]:
         """Lists and dicts made before the loop and filled in it."""
         found: dict[str, None] = {}
         for node in own_all(loop.body):
             name = ""
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and (
-                    node.func.attr in {"append", "extend", "update", "pop", "insert", "clear"}):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and (node.func.attr in {"append", "extend", "update", "pop", "insert", "clear"})
+            ):
                 name = dotted(node.func.value)
             elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
                 name = dotted(node.value)
@@ -1934,10 +2328,16 @@ class Carried:
         made = [b for b in self.script.bindings.get(name, []) if b.value is not None]
         scope = self.script.scope_of(loop)
         local = "." in name or name in locals_of(scope) or self._declared(name, scope)
-        return local and bool(made) and all(
-            isinstance(b.value, (ast.List, ast.Dict, ast.ListComp, ast.DictComp))
-            or isinstance(b.value, ast.Call) and dotted(b.value.func) in {"list", "dict"}
-            for b in made) and not isinstance(scope, ast.Lambda)
+        return (
+            local
+            and bool(made)
+            and all(
+                isinstance(b.value, (ast.List, ast.Dict, ast.ListComp, ast.DictComp))
+                or (isinstance(b.value, ast.Call) and dotted(b.value.func) in {"list", "dict"})
+                for b in made
+            )
+            and not isinstance(scope, ast.Lambda)
+        )
 
     def _tail(self, mine: list[Loop]) -> list[str]:
         """Names that only the batch loop binds and that are read after it: a run that resumes at
@@ -1950,10 +2350,14 @@ class Carried:
         for stmt in self._after(mine):
             for node in own(stmt):
                 name = dotted(node) if isinstance(node, ast.Name) else ""
-                if name in inside and name not in outside and isinstance(
-                        node, ast.Name) and isinstance(node.ctx, ast.Load):
+                if (
+                    name in inside
+                    and name not in outside
+                    and isinstance(node, ast.Name)
+                    and isinstance(node.ctx, ast.Load)
+                ):
                     found[name] = None
-        made = {n for n in targets(inner)}
+        made = set(targets(inner))
         return [n for n in found if n not in made and not self._rebound(n, mine)]
 
     def _after(self, mine: list[Loop]) -> list[ast.stmt]:
@@ -1962,27 +2366,38 @@ class Carried:
             home: ast.AST = loop
             while isinstance(home, ast.stmt) and not isinstance(home, (*FUNCTIONS, ast.ClassDef)):
                 spot = self.script.home[home]
-                found += spot.block[spot.index + 1:]
+                found += spot.block[spot.index + 1 :]
                 home = self.script.parent[home]
         return found
 
     def _rebound(self, name: str, mine: list[Loop]) -> bool:
         inner = own_set(mine[-1])
-        first = min((n.lineno for s in self._after(mine) for n in own(s)
-                     if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load)),
-                    default=0)
-        return any(b.stmt not in inner and b.stmt.lineno < first
-                   and b.stmt.lineno > mine[-1].lineno and b.scope is self.n.scope
-                   for b in self.script.bindings.get(name, []))
+        first = min(
+            (
+                n.lineno
+                for s in self._after(mine)
+                for n in own(s)
+                if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load)
+            ),
+            default=0,
+        )
+        return any(
+            b.stmt not in inner
+            and b.stmt.lineno < first
+            and b.stmt.lineno > mine[-1].lineno
+            and b.scope is self.n.scope
+            for b in self.script.bindings.get(name, [])
+        )
 
 
 class Exposed:
-    """Names that an iteration reads before it assigns them, so that they come from the one before."""
+    """Names that an iteration reads before it assigns them: they come from the one before."""
 
     def __init__(self, script: Script, scope: Scope) -> None:
         self.script, self.scope = script, scope
         self.found: set[str] = set()
         self.direct: frozenset[str] = frozenset()  # read in the loop itself, not behind it
+        self.under: dict[str, set[str]] = {}  # bound wherever this test was true before
 
     def of(self, loop: Loop) -> set[str]:
         self.found = set()
@@ -1998,22 +2413,35 @@ class Exposed:
         """Read by functions that close over the name, or after the loop."""
         for function in self.script.functions:
             hidden = locals_of(function)
-            self.found |= {n.id for n in own_all(function.body) if isinstance(n, ast.Name)
-                           and isinstance(n.ctx, ast.Load) and n.id not in hidden
-                           and self.script.scope_of(loop) is not function}
+            self.found |= {
+                n.id
+                for n in own_all(function.body)
+                if isinstance(n, ast.Name)
+                and isinstance(n.ctx, ast.Load)
+                and n.id not in hidden
+                and self.script.scope_of(loop) is not function
+            }
         node: ast.AST = loop
         while isinstance(node, ast.stmt) and not isinstance(node, FUNCTIONS):
             spot = self.script.home[node]
-            self._block(spot.block[spot.index + 1:], set())
+            self._block(spot.block[spot.index + 1 :], set())
             node = self.script.parent[node]
             if isinstance(node, LOOPS):
                 break
 
     def _reads(self, node: ast.AST, defined: set[str]) -> None:
+        inside = {
+            n.id
+            for c in own(node)
+            if isinstance(c, ast.comprehension)
+            for n in walk(c.target)
+            if isinstance(n, ast.Name)
+        }
+        inside |= {a.arg for c in own(node) if isinstance(c, ast.arguments) for a in c.args}
         for inner in own(node):
             if isinstance(inner, (ast.Name, ast.Attribute)) and isinstance(inner.ctx, ast.Load):
                 name = dotted(inner)
-                if name and name not in defined:
+                if name and name not in defined and name.partition(".")[0] not in inside:
                     self.found.add(name)
             if isinstance(inner, FUNCTIONS):
                 self.found |= {n.id for n in walk(inner) if isinstance(n, ast.Name)} - defined
@@ -2026,7 +2454,10 @@ class Exposed:
     def _stmt(self, stmt: ast.stmt, defined: set[str]) -> None:
         if isinstance(stmt, ast.If):
             self._reads(stmt.test, defined)
-            taken = [self._block(stmt.body, set(defined)), self._block(stmt.orelse, set(defined))]
+            test = ast.unparse(stmt.test)
+            known = defined | self.under.get(test, set())
+            taken = [self._block(stmt.body, set(known)), self._block(stmt.orelse, set(defined))]
+            self.under[test] = self.under.get(test, set()) | taken[0]
             ends = [b and isinstance(b[-1], (*EXITS, ast.Raise)) for b in (stmt.body, stmt.orelse)]
             alive = [t for t, end in zip(taken, ends, strict=True) if not end] or taken
             defined |= set.intersection(*alive)
@@ -2075,19 +2506,25 @@ class Evaluations:
 
     def add(self) -> None:
         calls = self._calls()
-        recorded = any([self._call(call) for call in calls])
-        recorded = self._inline() or recorded
-        if recorded or calls and self.out.parts["validation"] != "yes":
-            self.out.parts["validation"] = "yes" if recorded else "no"
+        recorded = [self._call(call) for call in calls]
+        recorded.append(self._inline())
+        if any(recorded) or (calls and self.out.parts["validation"] != "yes"):
+            self.out.parts["validation"] = "yes" if any(recorded) else "no"
 
     def _calls(self) -> list[ast.Call]:
         found = []
         for call in self.script.calls:
             name = last(dotted(call.func))
-            if not EVAL_NAME.search(name) or name[:1].isupper() or name == "eval" or (
-                    self.script.resolve(call.func).startswith(("torch.", "numpy."))):
+            if (
+                not EVAL_NAME.search(name)
+                or name[:1].isupper()
+                or name == "eval"
+                or (self.script.resolve(call.func).startswith(("torch.", "numpy.")))
+            ):
                 continue
-            if re.search(r"load|data|transform|set$|iter|split|token|batch|dir$|path|freq", name, re.I):
+            if re.search(
+                r"load|data|transform|set$|iter|split|token|batch|dir$|path|freq", name, re.I
+            ):
                 continue
             if self.script.scope_of(call) in self.scopes and self._alive(call):
                 found.append(call)
@@ -2096,9 +2533,14 @@ class Evaluations:
     def _alive(self, call: ast.Call) -> bool:
         """While the run is open: in the loop, or after it in the same function."""
         outer = self.n.loops[0]
-        return call in own_set(outer) or any(
-            self.script.inside(call, lp) for lp in self.n.nest.loops) or (
-            self.script.scope_of(call) is self.script.scope_of(outer) and call.lineno > outer.lineno)
+        return (
+            call in own_set(outer)
+            or any(self.script.inside(call, lp) for lp in self.n.nest.loops)
+            or (
+                self.script.scope_of(call) is self.script.scope_of(outer)
+                and call.lineno > outer.lineno
+            )
+        )
 
     def _call(self, call: ast.Call) -> bool:
         stmt = self.script.stmt_of(call)
@@ -2133,21 +2575,31 @@ class Evaluations:
         return False
 
     def _is_mapping(self, name: str) -> bool:
-        return any(isinstance(n, ast.Subscript) and dotted(n.value) == name
-                   or isinstance(n, ast.Attribute) and n.attr in {"items", "keys", "get"}
-                   and dotted(n.value) == name for n in self.script.nodes)
+        return any(
+            (isinstance(n, ast.Subscript) and dotted(n.value) == name)
+            or (
+                isinstance(n, ast.Attribute)
+                and n.attr in {"items", "keys", "get"}
+                and dotted(n.value) == name
+            )
+            for n in self.script.nodes
+        )
 
     def _entry(self, name: str, stmt: ast.stmt) -> str:
         """`losses["val"]` when the script itself reads it right after."""
         home = self.script.home[stmt]
-        for later in home.block[home.index + 1:]:
+        for later in home.block[home.index + 1 :]:
             if isinstance(later, (ast.If, *LOOPS)):
                 continue
             for node in own(later):
-                if isinstance(node, ast.Subscript) and dotted(node.value) == name and isinstance(
-                        node.slice, ast.Constant) and isinstance(node.slice.value, str) and (
-                        HELD_OUT.search(node.slice.value) or LOSS_NAME.search(node.slice.value)) and (
-                        isinstance(node.value, ast.Name)):
+                if (
+                    isinstance(node, ast.Subscript)
+                    and dotted(node.value) == name
+                    and isinstance(node.slice, ast.Constant)
+                    and isinstance(node.slice.value, str)
+                    and (HELD_OUT.search(node.slice.value) or LOSS_NAME.search(node.slice.value))
+                    and (isinstance(node.value, ast.Name))
+                ):
                     return f"{name}[{node.slice.value!r}]"
         return ""
 
@@ -2161,8 +2613,11 @@ class Evaluations:
                     value = value.elts[index]
                 elif isinstance(value, (ast.Dict, ast.DictComp)) or index is not None:
                     return False
-                return any(LOSS_NAME.search(last(dotted(n))) for n in walk(value)
-                           if isinstance(n, (ast.Name, ast.Attribute)))
+                return any(
+                    LOSS_NAME.search(last(dotted(n)))
+                    for n in walk(value)
+                    if isinstance(n, (ast.Name, ast.Attribute))
+                )
         return False
 
     def _within(self, helper: Function) -> bool:
@@ -2170,18 +2625,38 @@ class Evaluations:
         if id(helper) in self.n.p.validated:
             return True
         block = helper.body
-        while isinstance(block[-1], (ast.With, ast.AsyncWith)) and len(block) > 0 and not any(
-                LOSS_NAME.search(n) for n in certain(block)):
+        while (
+            isinstance(block[-1], (ast.With, ast.AsyncWith))
+            and len(block) > 0
+            and not any(LOSS_NAME.search(n) for n in certain(block))
+        ):
             block = block[-1].body
         index = len(block) - isinstance(block[-1], ast.Return)
         spot = Spot(block, index)
         bound = self.n.bound.at(spot) if index or block else frozenset()
         names = [n for n in self._written(helper) if n in bound]
         value = self._best(names) or self._meter(helper, bound)
-        if not value or not self._record(spot, value, helper):
+        if not value:
+            return self._score(spot, helper, bound)
+        if not self._record(spot, value, helper):
             return False
         self.n.p.validated.add(id(helper))
         return True
+
+    def _score(self, spot: Spot, helper: Function, bound: frozenset[str]) -> bool:
+        """No loss, but an accuracy or the like that the function works out."""
+        names = {
+            n
+            for node in own_all(helper.body)
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp)
+            for n in targets(node)
+        }
+        scores = sorted(n for n in names & bound if METRIC_NAME.search(n) and "." not in n)
+        if not scores:
+            return False
+        self.n.p.validated.add(id(helper))
+        pairs = ", ".join(f'"val/{n}": {n}' for n in scores)
+        return self._line(spot, f"{self.n.obs}.log({{{pairs}}})", helper)
 
     @staticmethod
     def _written(helper: Function) -> list[str]:
@@ -2191,7 +2666,8 @@ class Evaluations:
             if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
                 value = node.value
                 if isinstance(value, (ast.List, ast.Dict, ast.ListComp, ast.Lambda)) or (
-                        isinstance(value, ast.Call) and last(dotted(value.func))[:1].isupper()):
+                    isinstance(value, ast.Call) and last(dotted(value.func))[:1].isupper()
+                ):
                     continue
                 for name in targets(node):
                     if LOSS_NAME.search(name) and "." not in name:
@@ -2207,12 +2683,22 @@ class Evaluations:
     def _meter(self, helper: Function, bound: frozenset[str]) -> str:
         """`losses.avg` of a meter whose class, in this file, has that attribute."""
         read = {dotted(n) for n in own_all(helper.body) if isinstance(n, ast.Attribute)}
-        if any(isinstance(n, ast.Attribute) and n.attr == "avg" and dotted(n.value) == "self"
-               for n in self.script.nodes):
-            read |= {f"{name}.avg" for name, bindings in self.script.bindings.items() if any(
-                b.scope is helper and "Meter" in ast.unparse(b.value) for b in bindings)}
-        usable = [n for n in sorted(read) if last(n) in {"avg", "global_avg"}
-                  and n.partition(".")[0] in bound and LOSS_NAME.search(n)]
+        if any(
+            isinstance(n, ast.Attribute) and n.attr == "avg" and dotted(n.value) == "self"
+            for n in self.script.nodes
+        ):
+            read |= {
+                f"{name}.avg"
+                for name, bindings in self.script.bindings.items()
+                if any(b.scope is helper and "Meter" in ast.unparse(b.value) for b in bindings)
+            }
+        usable = [
+            n
+            for n in sorted(read)
+            if last(n) in {"avg", "global_avg"}
+            and n.partition(".")[0] in bound
+            and LOSS_NAME.search(n)
+        ]
         return (usable or [""])[0]
 
     # -- evaluation that is written out in the loop
@@ -2220,8 +2706,12 @@ class Evaluations:
         """`val_loss /= n` in the loop's own function."""
         done = False
         for name, bindings in self.script.bindings.items():
-            mine = [b for b in bindings if b.scope in self.scopes and self._in_nest(b.stmt)
-                    or b.scope in self.helpers and not self.script.loops_around(b.stmt)]
+            mine = [
+                b
+                for b in bindings
+                if (b.scope in self.scopes and self._in_nest(b.stmt))
+                or (b.scope in self.helpers and not self.script.loops_around(b.stmt))
+            ]
             if not mine or "." in name or not self._held_out_loss(name, mine[-1]):
                 continue
             done = self._after_last(name, mine) or done
@@ -2232,7 +2722,8 @@ class Evaluations:
 
     def _held_out_loss(self, name: str, binding: Binding) -> bool:
         if not HELD_OUT_LOSS.search(name) or re.search(
-                r"best|min|prev|last|patience|list|history|losses$", name, re.I):
+            r"best|min|prev|last|patience|list|history|losses$", name, re.I
+        ):
             return False
         return not any(EVAL_NAME.search(last(dotted(c.func))) for c in _makers(binding.value))
 
@@ -2253,14 +2744,23 @@ class Evaluations:
         for loop in self.n.nest.loops:
             if not (isinstance(loop, ast.For) and isinstance(loop.target, ast.Name)):
                 continue
-            words = [n.value for n in walk(loop.iter) if isinstance(n, ast.Constant)
-                     and isinstance(n.value, str) and HELD_OUT.search(n.value)]
-            names = [n for s in loop.body if not isinstance(s, LOOPS) for n in targets(s)
-                     if LOSS_NAME.search(n)]
+            words = [
+                n.value
+                for n in walk(loop.iter)
+                if isinstance(n, ast.Constant)
+                and isinstance(n.value, str)
+                and HELD_OUT.search(n.value)
+            ]
+            names = [
+                n
+                for s in loop.body
+                if not isinstance(s, LOOPS)
+                for n in targets(s)
+                if LOSS_NAME.search(n)
+            ]
             if words and names:
                 index = max(i for i, s in enumerate(loop.body) if names[-1] in targets(s)) + 1
-                code = (f'if {loop.target.id} == "{words[0]}": '
-                        f"{self.n.obs}.validation({names[-1]})")
+                code = f'if {loop.target.id} == "{words[0]}": {self.n.obs}.validation({names[-1]})'
                 return self._line(Spot(loop.body, index), code, loop)
         return False
 
@@ -2274,12 +2774,15 @@ def patched(script: Script, insertions: Sequence[Insertion]) -> bytes:
         try:
             added.setdefault(item.line, []).append(text.encode(_plain_codec(script.encoding)))
         except UnicodeEncodeError as error:
-            raise PatchError(f"{script.name}: {item.code!r} does not fit its encoding "
-                             f"{script.encoding}") from error
+            raise PatchError(
+                f"{script.name}: {item.code!r} does not fit its encoding {script.encoding}"
+            ) from error
     result = _weave(script.rows, added)
     if reverse(result) != script.data:
-        raise PatchError(f"{script.name}: the patch could not be taken back byte for byte; nothing "
-                         f"was written. Does a line of the script itself end in {MARK!r}?")
+        raise PatchError(
+            f"{script.name}: the patch could not be taken back byte for byte; nothing "
+            f"was written. Does a line of the script itself end in {MARK!r}?"
+        )
     _compile(result, script.name)
     return result
 
@@ -2292,7 +2795,7 @@ def _weave(rows: list[bytes], added: dict[int, list[bytes]]) -> bytes:
     out: list[bytes] = []
     for number in range(1, len(rows) + 2):
         near = rows[number - 2] if number > 1 else rows[0] if rows else b"\n"
-        eol = near[len(near.rstrip(b"\r\n")):] or _eol(rows)
+        eol = near[len(near.rstrip(b"\r\n")) :] or _eol(rows)
         for text in added.get(number, []):
             if out and not out[-1].endswith((b"\n", b"\r")):
                 # The original does not end its last line; `reverse` takes this end away again.
@@ -2307,7 +2810,7 @@ def _weave(rows: list[bytes], added: dict[int, list[bytes]]) -> bytes:
 
 def _eol(rows: list[bytes]) -> bytes:
     first = rows[0] if rows else b"\n"
-    return first[len(first.rstrip(b"\r\n")):] or b"\n"
+    return first[len(first.rstrip(b"\r\n")) :] or b"\n"
 
 
 def reverse(data: bytes) -> bytes:
@@ -2329,8 +2832,9 @@ def _compile(data: bytes, name: str) -> None:
             warnings.simplefilter("ignore")
             compile(data, name, "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
-        raise PatchError(f"{name}: the patched script would not compile ({error}); "
-                         f"nothing was written") from error
+        raise PatchError(
+            f"{name}: the patched script would not compile ({error}); nothing was written"
+        ) from error
 
 
 def unified(before: bytes, after: bytes, name: str, context: int = 3) -> str:
@@ -2346,8 +2850,17 @@ def pin(before: bytes, after: bytes, name: str) -> str:
     """A patch that holds added lines only, and the sha256 of the one file that it fits."""
     diff = unified(before, after, name, context=0)
     body = [re.sub(r"^(@@ .* @@).*", r"\1", line) for line in diff.splitlines()]
-    return "\n".join([f"# target: {name}", f"# sha256: {_digest(before)}",
-                      f"# patched-sha256: {_digest(after)}", *body]) + "\n"
+    return (
+        "\n".join(
+            [
+                f"# target: {name}",
+                f"# sha256: {_digest(before)}",
+                f"# patched-sha256: {_digest(after)}",
+                *body,
+            ]
+        )
+        + "\n"
+    )
 
 
 def apply_pinned(data: bytes, patch: str, name: str) -> bytes:
@@ -2358,13 +2871,17 @@ def apply_pinned(data: bytes, patch: str, name: str) -> bytes:
     if _digest(reverse(data)) == wanted["sha256"] and data != reverse(data):
         raise PatchError(f"{name}: already patched; --reverse gives the original back")
     if _digest(data) != wanted["sha256"]:
-        raise PatchError(f"{name}: sha256 {_digest(data)[:12]}… is not the {wanted['sha256'][:12]}… "
-                         f"that this patch was made for; run autopatch.py on the file instead")
+        raise PatchError(
+            f"{name}: sha256 {_digest(data)[:12]}… is not the {wanted['sha256'][:12]}… "
+            f"that this patch was made for; run autopatch.py on the file instead"
+        )
     result = _weave(split_lines(data), _added_lines(patch))
     if reverse(result) != data:
         raise PatchError(f"{name}: a line of the patch does not end in {MARK!r}")
     if wanted.get("patched-sha256", _digest(result)) != _digest(result):
-        raise PatchError(f"{name}: the result is not what the patch promises; is the patch damaged?")
+        raise PatchError(
+            f"{name}: the result is not what the patch promises; is the patch damaged?"
+        )
     _compile(result, name)
     return result
 
@@ -2376,8 +2893,10 @@ def _added_lines(patch: str) -> dict[int, list[bytes]]:
         hunk = re.match(r"@@ -(\d+)(?:,(\d+))? \+\d+(?:,\d+)? @@", row)
         if hunk:
             if hunk[2] != "0":
-                raise PatchError("this patch changes or needs lines of the script; only added lines "
-                                 "with no context are taken")
+                raise PatchError(
+                    "this patch changes or needs lines of the script; only added lines "
+                    "with no context are taken"
+                )
             line = int(hunk[1]) + 1
         elif row.startswith("+") and not row.startswith("+++"):
             added.setdefault(line, []).append(row[1:].encode())
@@ -2408,7 +2927,9 @@ def backup(path: Path, data: bytes) -> Path:
     """`train.py.before-observability`, numbered if that name holds something else."""
     count = 1
     while True:
-        place = path.with_name(f"{path.name}.before-observability{'' if count == 1 else f'-{count}'}")
+        place = path.with_name(
+            f"{path.name}.before-observability{'' if count == 1 else f'-{count}'}"
+        )
         if not place.exists():
             place.write_bytes(data)
             return place
@@ -2427,8 +2948,14 @@ def uncommitted(path: Path) -> str:
     """What git would lose if the file were overwritten; '' when committed, or outside of git."""
     command = ["git", "status", "--porcelain", "--", path.name]
     try:
-        done = subprocess.run(command, cwd=path.resolve().parent, capture_output=True, text=True,
-                              timeout=10, check=False)
+        done = subprocess.run(
+            command,
+            cwd=path.resolve().parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     state = done.stdout[:2] if done.returncode == 0 else ""
@@ -2462,8 +2989,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0],
-                                     epilog="exit status: 0 found, 1 nothing to patch, 2 error")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="exit status: 0 found, 1 nothing to patch, 2 error",
+    )
     parser.add_argument("script", type=Path, help="the training script")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--write", action="store_true", help="apply it; a backup is kept")
@@ -2471,8 +3000,13 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--check", action="store_true", help="say what was found, and how surely")
     what.add_argument("--patch", type=Path, metavar="FILE", help="apply a ready, pinned patch")
     what.add_argument("--pin", action="store_true", help="print the diff as a ready, pinned patch")
-    parser.add_argument("--only", type=_parts, default=PARTS, metavar="PARTS",
-                        help="how deep: log, validation, resume, separated by commas")
+    parser.add_argument(
+        "--only",
+        type=_parts,
+        default=PARTS,
+        metavar="PARTS",
+        help="how deep: log, validation, resume, separated by commas",
+    )
     parser.add_argument("--json", action="store_true", help="with --check: as JSON")
     return parser
 
@@ -2518,9 +3052,13 @@ def _already(path: Path, data: bytes, marked: list[int]) -> int:
     rows = split_lines(data)
     foreign = [n for n in marked if not OURS.match(rows[n - 1].decode("utf-8", "replace"))]
     if foreign:
-        raise PatchError(f"{path}:{foreign[0]}: this line ends in {MARK!r} but is not one of ours; "
-                         f"change its ending first")
-    print(f"{path}: already patched ({len(marked)} lines); --reverse takes them out", file=sys.stderr)
+        raise PatchError(
+            f"{path}:{foreign[0]}: this line ends in {MARK!r} but is not one of ours; "
+            f"change its ending first"
+        )
+    print(
+        f"{path}: already patched ({len(marked)} lines); --reverse takes them out", file=sys.stderr
+    )
     return 0
 
 
@@ -2530,8 +3068,10 @@ def _write(path: Path, data: bytes, result: bytes, found: Plan) -> None:
         print(f"{path}: {state}; the backup has it", file=sys.stderr)
     saved = backup(path, data)
     write(path, result)
-    print(f"{path}: {len(found.insertions)} lines added; backup in {saved.name}; "
-          f"{place_drop_in(path)}")
+    print(
+        f"{path}: {len(found.insertions)} lines added; backup in {saved.name}; "
+        f"{place_drop_in(path)}"
+    )
     _tell(found, path.name)
 
 
@@ -2554,8 +3094,10 @@ def _apply_file(path: Path, data: bytes, patch: Path) -> int:
     result = apply_pinned(data, text, path.name)
     saved = backup(path, data)
     write(path, result)
-    print(f"{path}: patched from {patch.name}, checked both ways; backup in {saved.name}; "
-          f"{place_drop_in(path)}")
+    print(
+        f"{path}: patched from {patch.name}, checked both ways; backup in {saved.name}; "
+        f"{place_drop_in(path)}"
+    )
     return 0
 
 
@@ -2567,8 +3109,11 @@ def _say(options: argparse.Namespace, record: dict[str, Any], text: str) -> None
 
 
 def as_dict(found: Plan) -> dict[str, Any]:
-    return {"parts": found.parts, "insertions": [asdict(i) for i in found.insertions],
-            "notes": [asdict(n) for n in found.notes]}
+    return {
+        "parts": found.parts,
+        "insertions": [asdict(i) for i in found.insertions],
+        "notes": [asdict(n) for n in found.notes],
+    }
 
 
 def describe(found: Plan, name: str) -> str:

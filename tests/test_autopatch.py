@@ -23,8 +23,12 @@ TOOL = HERE.parent / "patches" / "autopatch.py"
 # arguments that the step line must hold. "none seen": the script evaluates nothing.
 GOLDEN = {
     "accelerator": ("yes", "yes", "yes", "completed_steps, loss=loss.detach() * accumulation"),
-    "accumulation_remainder": ("yes", "none seen", "yes",
-                               "loss=loss.detach() * args.accumulation_steps"),
+    "accumulation_remainder": (
+        "yes",
+        "none seen",
+        "yes",
+        "loss=loss.detach() * args.accumulation_steps",
+    ),
     "amp_flag": ("yes", "none seen", "yes", "loss=loss, samples=image.size(0)"),
     "bptt_manual_sgd": ("yes", "yes", "yes", "loss=loss"),
     "counted_in_tokens": ("yes", "none seen", "yes", "loss=loss, tokens=y.numel()"),
@@ -52,7 +56,12 @@ GOLDEN = {
     "trainer_epochs": ("yes", "yes", "yes", "loss=loss, samples=inputs.size(0)"),
     "traps": ("yes", "none seen", "yes", "loss=loss"),
     "tuple_factory": ("yes", "yes", "yes", "loss=loss"),
-    "while_true": ("yes", "yes", "yes", "iter_num, loss=loss.detach() * gradient_accumulation_steps"),
+    "while_true": (
+        "yes",
+        "yes",
+        "yes",
+        "iter_num, loss=loss.detach() * gradient_accumulation_steps",
+    ),
     "wrapped_optimizer": ("yes", "yes", "yes", "loss=loss, tokens=trg.numel()"),
 }
 
@@ -72,7 +81,7 @@ def added(data: bytes) -> list[str]:
     return [row.decode().strip() for row in data.splitlines() if autopatch.is_marked(row)]
 
 
-@pytest.fixture()
+@pytest.fixture
 def script(tmp_path: Path) -> Path:
     path = tmp_path / "train.py"
     path.write_bytes((HERE / "shapes" / "nested_main.py").read_bytes())
@@ -89,7 +98,10 @@ def test_shape_is_found_as_expected(name):
     _, found = patch((HERE / "shapes" / f"{name}.py").read_bytes())
     log, validation, resume, step = GOLDEN[name]
     assert (found.parts["log"], found.parts["validation"], found.parts["resume"]) == (
-        log, validation, resume)
+        log,
+        validation,
+        resume,
+    )
     steps = [i.code for i in found.insertions if i.kind == "step"]
     assert any(f".step({step}" in code for code in steps), steps
     assert resume == "yes" or any("resume is left out" in n.text for n in found.notes)
@@ -105,8 +117,11 @@ def test_patched_shape_compiles_and_reverses_byte_for_byte(path):
     result, found = patch(data)
     compile(result, path.name, "exec")
     assert autopatch.reverse(result) == data
-    kept = [row for row in result.splitlines(keepends=True)
-            if not row.rstrip().endswith(b"# observability")]
+    kept = [
+        row
+        for row in result.splitlines(keepends=True)
+        if not row.rstrip().endswith(b"# observability")
+    ]
     assert b"".join(kept) == data
     assert len(added(result)) == len(found.insertions) > 3
 
@@ -144,7 +159,9 @@ def test_both_names_taken_is_an_error_that_says_so():
 
 
 def test_reference_shape_gets_exactly_these_call_sites(script):
-    assert [line.removesuffix("  # observability") for line in added(patch(script.read_bytes())[0])] == [
+    assert [
+        line.removesuffix("  # observability") for line in added(patch(script.read_bytes())[0])
+    ] == [
         "import observability as obs",
         "obs.init()",
         "obs.watch(model, optimizer=opt, scheduler=scheduler)",
@@ -161,13 +178,21 @@ def test_deleted_names_are_not_used():
     source = (HERE / "shapes" / "accumulation_remainder.py").read_bytes()
     result = patch(source)[0].decode().splitlines()
     step = next(i for i, row in enumerate(result) if "obs.step(" in row)
-    assert next(row for row in result[step + 1:] if row.strip()).strip().startswith("del X, Y")
+    assert next(row for row in result[step + 1 :] if row.strip()).strip().startswith("del X, Y")
 
 
-@pytest.mark.parametrize("line", [
-    b"import numpy as obs", b"from somewhere import obs", b"def obs(): pass",
-    b"class obs: pass", b"for obs in []: pass", b"f = lambda obs: obs", b"globals()['obs'] = 1",
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"import numpy as obs",
+        b"from somewhere import obs",
+        b"def obs(): pass",
+        b"class obs: pass",
+        b"for obs in []: pass",
+        b"f = lambda obs: obs",
+        b"globals()['obs'] = 1",
+    ],
+)
 def test_any_use_of_the_name_obs_counts(line):
     data = (HERE / "shapes" / "nameless_loss.py").read_bytes()
     assert "import observability  # observability" in added(patch(data + line + b"\n")[0])
@@ -178,31 +203,50 @@ def plain_source() -> str:
     return (HERE / "shapes" / "tuple_factory.py").read_text()
 
 
-@pytest.mark.parametrize("change", [
-    lambda s: s.replace("    ", "\t").encode(),
-    lambda s: s.replace("\n", "\r\n").encode(),
-    lambda s: s.replace("\n", "\r").encode(),
-    lambda s: b"\xef\xbb\xbf" + s.encode(),
-    lambda s: b"\xef\xbb\xbf" + s.replace("\n", "\r\n").encode(),
-    lambda s: ("# -*- coding: latin-1 -*-\n# caf\u00e9\n" + s).encode("latin-1"),
-    lambda s: ("# coding: cp1251\nprint('\u043f\u0440\u0438\u0432\u0435\u0442')\n" + s).encode("cp1251"),
-    lambda s: s.replace("loss", "l\u00f6ss").encode(),
-    lambda s: s.replace("def main", "\x0c\ndef main").encode(),
-    lambda s: s.replace("    print(\"final\"", "    text = '\u2028 \x1c'\n    print(\"final\"").encode(),
-    lambda s: s.rstrip("\n").encode(),
-], ids=["tabs", "crlf", "cr", "bom", "bom-crlf", "latin-1", "cp1251", "unicode-names", "form-feed",
-        "line-separators-in-strings", "no-last-newline"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.replace("    ", "\t").encode(),
+        lambda s: s.replace("\n", "\r\n").encode(),
+        lambda s: s.replace("\n", "\r").encode(),
+        lambda s: b"\xef\xbb\xbf" + s.encode(),
+        lambda s: b"\xef\xbb\xbf" + s.replace("\n", "\r\n").encode(),
+        lambda s: ("# -*- coding: latin-1 -*-\n# caf\u00e9\n" + s).encode("latin-1"),
+        lambda s: ("# coding: cp1251\nprint('\u043f\u0440\u0438\u0432\u0435\u0442')\n" + s).encode(
+            "cp1251"
+        ),
+        lambda s: s.replace("loss", "l\u00f6ss").encode(),
+        lambda s: s.replace("def main", "\x0c\ndef main").encode(),
+        lambda s: s.replace(
+            '    print("final"', "    text = '\u2028 \x1c'\n    print(\"final\""
+        ).encode(),
+        lambda s: s.rstrip("\n").encode(),
+    ],
+    ids=[
+        "tabs",
+        "crlf",
+        "cr",
+        "bom",
+        "bom-crlf",
+        "latin-1",
+        "cp1251",
+        "unicode-names",
+        "form-feed",
+        "line-separators-in-strings",
+        "no-last-newline",
+    ],
+)
 def test_file_format_survives(change):
     data = change(plain_source())
     result, found = patch(data)
     assert autopatch.reverse(result) == data
     assert found.parts["log"] == "yes"
-    ends = {row[len(row.rstrip(b"\r\n")):] for row in autopatch.split_lines(data)}
-    assert {row[len(row.rstrip(b"\r\n")):] for row in autopatch.split_lines(result)} <= ends
+    ends = {row[len(row.rstrip(b"\r\n")) :] for row in autopatch.split_lines(data)}
+    assert {row[len(row.rstrip(b"\r\n")) :] for row in autopatch.split_lines(result)} <= ends
 
 
 def test_loop_at_the_very_end_without_a_newline_reverses():
-    data = b"import torch\nopt = torch.optim.SGD([torch.zeros(1)], 1)\nfor i in range(3):\n    opt.step()"
+    data = b"import torch\nopt = torch.optim.SGD([torch.zeros(1)], 1)\nfor i in range(3):\n  opt.step()"
     result, _ = patch(data)
     assert b"obs.step(i)" in result
     assert autopatch.reverse(result) == data
@@ -210,34 +254,60 @@ def test_loop_at_the_very_end_without_a_newline_reverses():
 
 @pytest.mark.parametrize("body", ["opt.step()", "x = 1; opt.step()"])
 def test_one_line_loop_has_no_room_and_says_so(body):
-    data = f"import torch\nopt = torch.optim.SGD([torch.zeros(1)], 1)\nfor i in range(3): {body}\n".encode()
+    start = "import torch\nopt = torch.optim.SGD([torch.zeros(1)], 1)\n"
+    data = f"{start}for i in range(3): {body}\n".encode()
     result, found = patch(data)
     assert b"obs.step" not in result
     assert any("no room" in note.text for note in found.notes)
 
 
-@pytest.mark.parametrize("extra", [
-    "match x:\n    case {'a': b}:\n        pass\n", "if (n := 3) > 2: pass\n",
-    "def f(a, /, b, *, c): pass\n", "print(f'{1=}')\n", "async def g():\n    async for i in h(): pass\n",
-], ids=["match", "walrus", "positional-only", "f-string", "async"])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "match x:\n    case {'a': b}:\n        pass\n",
+        "if (n := 3) > 2: pass\n",
+        "def f(a, /, b, *, c): pass\n",
+        "print(f'{1=}')\n",
+        "async def g():\n    async for i in h(): pass\n",
+    ],
+    ids=["match", "walrus", "positional-only", "f-string", "async"],
+)
 def test_newer_syntax_parses(extra):
     data = f"x = {{}}\n{extra}{plain_source()}".encode()
     assert autopatch.reverse(patch(data)[0]) == data
 
 
-@pytest.mark.parametrize("data", [b"print 'two'\n", b"for\n", b"x = 'open\n", b"\x00", b"# coding: nope\n",
-                                  b"\xff\xfe\x00", b"(" * 500, b"if 1:\nx\n"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"print 'two'\n",
+        b"for\n",
+        b"x = 'open\n",
+        b"\x00",
+        b"# coding: nope\n",
+        b"\xff\xfe\x00",
+        b"(" * 500,
+        b"if 1:\nx\n",
+    ],
+)
 def test_unreadable_script_is_an_error_with_its_place(data):
     with pytest.raises(autopatch.PatchError, match=r"train\.py"):
         patch(data)
 
 
-@pytest.mark.parametrize(("data", "where"), [
-    (b"", "no optimizer step"), (b"print(1)\n", "no optimizer step"),
-    (b"from transformers import Trainer\nt = Trainer()\nt.train()\n", "transformers"),
-    (b"from engine import fit\nimport torch\nopt = torch.optim.SGD([], 1)\nfit(opt)\n", r"engine\.py"),
-    (b"def update(opt):\n    opt.step()\n", "patch the script that has the loop"),
-])
+@pytest.mark.parametrize(
+    ("data", "where"),
+    [
+        (b"", "no optimizer step"),
+        (b"print(1)\n", "no optimizer step"),
+        (b"from transformers import Trainer\nt = Trainer()\nt.train()\n", "transformers"),
+        (
+            b"from engine import fit\nimport torch\nopt = torch.optim.SGD([], 1)\nfit(opt)\n",
+            r"engine\.py",
+        ),
+        (b"def update(opt):\n    opt.step()\n", "patch the script that has the loop"),
+    ],
+)
 def test_nothing_to_patch_says_where_to_look(data, where):
     with pytest.raises(autopatch.NothingToPatch, match=where):
         patch(data)
@@ -251,10 +321,24 @@ def indented(rows: list[str]) -> list[str]:
     return [INDENT + row for row in rows]
 
 
-simple = st.sampled_from(["trace.append(('a', n))", "n += 1", "total = total + n", "pass",
-                          "best = max(best, n)", "trace.append(('b', total)); n += 2"])
-leave = st.sampled_from([["if n % 7 == 6:", "    n += 1", "    continue"], ["if n > 40: break"],
-                         ["if n > 50:", "    break"], ["if total > 300:", "    n += 1; break"]])
+simple = st.sampled_from(
+    [
+        "trace.append(('a', n))",
+        "n += 1",
+        "total = total + n",
+        "pass",
+        "best = max(best, n)",
+        "trace.append(('b', total)); n += 2",
+    ]
+)
+leave = st.sampled_from(
+    [
+        ["if n % 7 == 6:", "    n += 1", "    continue"],
+        ["if n > 40: break"],
+        ["if n > 50:", "    break"],
+        ["if total > 300:", "    n += 1; break"],
+    ]
+)
 
 
 @st.composite
@@ -262,7 +346,11 @@ def stepping(draw) -> list[str]:
     step = ["loss = Loss(n)", "loss.backward()", "opt.step()"]
     kind = draw(st.sampled_from(["plain", "modulo", "branches", "with", "try", "one-line"]))
     if kind == "modulo":
-        return [*step[:2], "if n % 3 == 0:", *indented([step[2], *draw(st.lists(simple, max_size=2))])]
+        return [
+            *step[:2],
+            "if n % 3 == 0:",
+            *indented([step[2], *draw(st.lists(simple, max_size=2))]),
+        ]
     if kind == "branches":
         return ["if n % 2:", *indented(step), "else:", *indented(step)]
     if kind == "with":
@@ -278,24 +366,47 @@ def stepping(draw) -> list[str]:
 def bodies(draw) -> list[str]:
     before = draw(st.lists(simple, max_size=2))
     after = draw(st.lists(simple, max_size=2))
-    rows = [*before, *(draw(leave) if draw(st.booleans()) else []), *draw(stepping()),
-            *after, *(draw(leave) if draw(st.booleans()) else []), *draw(st.lists(simple, max_size=2))]
+    rows = [
+        *before,
+        *(draw(leave) if draw(st.booleans()) else []),
+        *draw(stepping()),
+        *after,
+        *(draw(leave) if draw(st.booleans()) else []),
+        *draw(st.lists(simple, max_size=2)),
+    ]
     return ["n += 1", *rows]
 
 
 @st.composite
 def nests(draw) -> str:
     rows = draw(bodies())
-    head = draw(st.sampled_from(["for i in range(9):", "for i, b in enumerate(range(9)):",
-                                 "while n < 30:", "for b in bar(range(9)):"]))
+    head = draw(
+        st.sampled_from(
+            [
+                "for i in range(9):",
+                "for i, b in enumerate(range(9)):",
+                "while n < 30:",
+                "for b in bar(range(9)):",
+            ]
+        )
+    )
     rows = [head, *indented(rows)]
-    for outer in draw(st.lists(st.sampled_from(["for epoch in range(3):", "for _ in range(2):"]),
-                               max_size=2)):
-        rows = [outer, *indented([*draw(st.lists(simple, max_size=1)), *rows,
-                                  *draw(st.lists(simple, max_size=1))])]
+    for outer in draw(
+        st.lists(st.sampled_from(["for epoch in range(3):", "for _ in range(2):"]), max_size=2)
+    ):
+        rows = [
+            outer,
+            *indented(
+                [*draw(st.lists(simple, max_size=1)), *rows, *draw(st.lists(simple, max_size=1))]
+            ),
+        ]
     start = ["n = 0", "total = 0", "best = 0"]
     if draw(st.booleans()):
-        rows = ["def main():", *indented([*start, *rows, "return n, total, best"]), "result = main()"]
+        rows = [
+            "def main():",
+            *indented([*start, *rows, "return n, total, best"]),
+            "result = main()",
+        ]
     else:
         rows = [*start, *rows, "result = n, total, best"]
     head_rows = ["import torch", "trace = []", "opt = make_optimizer()"]
@@ -313,21 +424,22 @@ class Counter:
 
 
 def execute(source: bytes, recorded: list[str]) -> tuple[object, object, int]:
-    """Run a generated script with a spy in the place of the drop-in, which writes down the calls."""
+    """Run a generated script; a spy in the place of the drop-in writes down the calls."""
     spy = types.ModuleType("observability")
     for name in ("init", "watch", "validation", "log", "finish", "step"):
         setattr(spy, name, lambda *a, _n=name, **k: recorded.append(_n))
     spy.skip_epoch = spy.skip_batch = lambda *a: False
     spy.resume = lambda **d: next(iter(d.values())) if len(d) == 1 else tuple(d.values())
     optimizer = Counter()
-    scope = {"make_optimizer": lambda: optimizer, "bar": lambda x: x,
-             "Loss": lambda n: types.SimpleNamespace(backward=lambda: None),
-             "context": open(__file__)}
+    scope = {
+        "make_optimizer": lambda: optimizer,
+        "bar": lambda x: x,
+        "Loss": lambda n: types.SimpleNamespace(backward=lambda: None),
+        "context": Context(),
+    }
     saved = {name: sys.modules.get(name) for name in ("observability", "torch")}
     sys.modules.update(observability=spy, torch=types.ModuleType("torch"))
     try:
-        scope["context"] = types.SimpleNamespace()
-        scope["context"] = Context()
         exec(compile(source, "generated", "exec"), scope)
     finally:
         sys.modules.update({k: v for k, v in saved.items() if v is not None})
@@ -353,7 +465,7 @@ def test_each_step_of_a_generated_loop_is_recorded_once(source):
     assert after == before
     silent = any("leaves no room" in n.text for n in found.notes)
     steps = recorded.count("step")
-    assert steps == before[2] or silent and steps < before[2], result.decode()
+    assert steps == before[2] or (silent and steps < before[2]), result.decode()
 
 
 # --- Random edits ----------------------------------------------------------------------------
@@ -373,10 +485,15 @@ def random_edit(rows: list[str], rng: random.Random) -> list[str]:
         elif kind == 4:
             rows[at] = "    " + rows[at]
         elif kind == 5:
-            rows[at] = rows[at].rstrip("\n") + rng.choice([" \\\n", "; pass\n", "  # observability\n", "\r"])
+            rows[at] = rows[at].rstrip("\n") + rng.choice(
+                [" \\\n", "; pass\n", "  # observability\n", "\r"]
+            )
         else:
-            rows[at] = rows[at].replace(rng.choice(["loss", "step", "(", "optimizer", "for", "in"]),
-                                        rng.choice(["del x", "self.x", "[0]", "lambda: ", "", "obs"]), 1)
+            rows[at] = rows[at].replace(
+                rng.choice(["loss", "step", "(", "optimizer", "for", "in"]),
+                rng.choice(["del x", "self.x", "[0]", "lambda: ", "", "obs"]),
+                1,
+            )
         if not rows:
             return ["\n"]
     return rows
@@ -405,7 +522,9 @@ def test_default_prints_a_diff_of_added_lines_and_writes_nothing(script):
     before = script.read_bytes()
     done = run_tool(script)
     assert done.returncode == 0
-    body = [row for row in done.stdout.splitlines() if row[:1] in "+-" and row[:3] not in ("+++", "---")]
+    body = [
+        row for row in done.stdout.splitlines() if row[:1] in "+-" and row[:3] not in ("+++", "---")
+    ]
     assert len(body) == 9
     assert all(row.startswith("+") and row.endswith("# observability") for row in body)
     assert script.read_bytes() == before
@@ -453,8 +572,12 @@ def test_write_through_a_link_changes_the_file_behind_it(script):
 
 def test_uncommitted_changes_are_reported(script):
     def git(*args: str) -> None:
-        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *args], cwd=script.parent,
-                       check=True, capture_output=True)
+        subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *args],
+            cwd=script.parent,
+            check=True,
+            capture_output=True,
+        )
 
     git("init", "-q")
     git("add", "train.py")
@@ -473,11 +596,14 @@ def test_backup_never_overwrites_another(script):
     assert (script.parent / "train.py.before-observability-2").exists()
 
 
-@pytest.mark.parametrize(("only", "present", "absent"), [
-    ("log", ["obs.step(step, loss=loss"], ["skip_", "resume(", "validation(", "carry="]),
-    ("validation", ["obs.validation("], ["skip_", "resume("]),
-    ("log,resume", ["skip_epoch", "resume(", "carry="], ["validation("]),
-])
+@pytest.mark.parametrize(
+    ("only", "present", "absent"),
+    [
+        ("log", ["obs.step(step, loss=loss"], ["skip_", "resume(", "validation(", "carry="]),
+        ("validation", ["obs.validation("], ["skip_", "resume("]),
+        ("log,resume", ["skip_epoch", "resume(", "carry="], ["validation("]),
+    ],
+)
 def test_only_chooses_how_deep(script, only, present, absent):
     diff = run_tool(script, "--only", only).stdout
     assert all(text in diff for text in present)
@@ -493,7 +619,13 @@ def test_check_says_what_was_found_and_how_surely(script):
     assert "resume: yes" in text
     record = json.loads(run_tool(script, "--check", "--json").stdout)
     assert record["found"]
-    assert {i["kind"] for i in record["insertions"]} >= {"init", "watch", "step", "validation", "skip"}
+    assert {i["kind"] for i in record["insertions"]} >= {
+        "init",
+        "watch",
+        "step",
+        "validation",
+        "skip",
+    }
     assert {i["confidence"] for i in record["insertions"]} <= {"sure", "likely"}
 
 
@@ -520,7 +652,7 @@ def test_foreign_line_with_the_marker_is_refused(script):
 
 
 # --- Ready patches ---------------------------------------------------------------------------
-@pytest.fixture()
+@pytest.fixture
 def pinned(script) -> Path:
     path = script.parent / "train.patch"
     path.write_text(run_tool(script, "--pin").stdout)
@@ -548,12 +680,19 @@ def test_pinned_patch_is_refused_on_any_other_file(script, pinned):
     assert script.read_bytes() == before
 
 
-@pytest.mark.parametrize(("old", "new", "why"), [
-    ("+    obs.finish()  # observability", "+    obs.finish()", "does not end in"),
-    ("+    obs.finish()  # observability", "-    obs.finish()  # observability", "removes a line"),
-    ("+    obs.finish()", "+        obs.finish()", "damaged"),
-    ("# sha256", "# sha512", "does not say"),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ("+    obs.finish()  # observability", "+    obs.finish()", "does not end in"),
+        (
+            "+    obs.finish()  # observability",
+            "-    obs.finish()  # observability",
+            "removes a line",
+        ),
+        ("+    obs.finish()", "+        obs.finish()", "damaged"),
+        ("# sha256", "# sha512", "does not say"),
+    ],
+)
 def test_damaged_patch_is_refused(script, pinned, old, new, why):
     pinned.write_text(pinned.read_text().replace(old, new))
     before = script.read_bytes()
