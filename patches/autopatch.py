@@ -705,40 +705,15 @@ CLOCK = re.compile(
     r"timeit\.default_timer)$"
 )
 LANGUAGE = re.compile(r"block_size|seq_len|vocab|bptt|context_len|n_ctx|tokenizer|token", re.I)
-TENSOR_METHODS = {
-    "float",
-    "long",
-    "view",
-    "reshape",
-    "unsqueeze",
-    "size",
-    "shape",
-    "numel",
-    "permute",
-    "transpose",
-    "type",
-    "contiguous",
-    "pin_memory",
-    "flatten",
-}
-TENSOR_MAKERS = {
-    "stack",
-    "randn",
-    "rand",
-    "randint",
-    "tensor",
-    "from_numpy",
-    "zeros",
-    "ones",
-    "cat",
-    "arange",
-    "as_tensor",
-    "LongTensor",
-    "FloatTensor",
-    "empty",
-    "normal",
-    "linspace",
-}
+# Only what a numpy array or a batch object of a library has not.
+TENSOR_METHODS = re.compile(r"^(?:float|long|unsqueeze|numel|permute|contiguous|pin_memory|size)$")
+TENSOR_MAKERS = re.compile(
+    r"^(?:stack|randn?|randint|tensor|from_numpy|zeros|ones|cat|arange|as_tensor|LongTensor|"
+    r"FloatTensor|empty|normal|linspace)$"
+)
+TAKES_NO_TENSOR = re.compile(
+    r"^(?:tensor|as_tensor|from_numpy|device|manual_seed|load|save|Size|no_grad)$"
+)
 
 
 class Roles:
@@ -1484,32 +1459,34 @@ class NestPatcher:
         return f"{self.obs}.step({', '.join(args)})"
 
     def losses_at(self, spot: Spot, bound: frozenset[str]) -> list[str]:
-        usable = []
-        for loss in self.losses:
-            root = loss.expr.partition("[")[0]
-            if root.partition(" ")[0].partition(".detach")[0] not in bound:
-                self.out.note(
-                    loss.line,
-                    f"the loss {root} is not certainly bound where the step is "
-                    f"logged; it is left out",
-                )
-            elif Losses(self).overwritten(root, spot):
-                self.out.note(
-                    loss.line,
-                    f"{root} is assigned again before the end of the iteration "
-                    f"(an evaluation?); it is left out",
-                )
-            else:
-                usable.append(loss)
+        usable = [loss for loss in self.losses if self._usable(loss, spot, bound)]
         if not usable:
             return []
-        main = usable[-1]
-        rest = [
-            f"{key_of(x.expr)}={x.code}"
-            for x in usable[:-1]
-            if key_of(x.expr) not in {"loss", "step", "tokens", "samples", "carry"}
+        main = self._as_number(usable[-1])
+        taken = {"loss", "step", "tokens", "samples", "carry"}
+        rest = {key_of(x.expr): self._as_number(x) for x in usable[:-1]}
+        return [f"loss={main}", *(f"{k}={v}" for k, v in rest.items() if k not in taken)]
+
+    def _usable(self, loss: Loss, spot: Spot, bound: frozenset[str]) -> bool:
+        why = ""
+        if loss.root not in bound:
+            why = "is not certainly bound where the step is logged"
+        elif Losses(self).overwritten(loss.root, spot):
+            why = "is assigned again before the end of the iteration (an evaluation?)"
+        if why:
+            self.out.note(loss.line, f"the loss {loss.root} {why}; it is left out")
+        return not why
+
+    def _as_number(self, loss: Loss) -> str:
+        """`loss = loss.item()` after the backward: a number has no `.detach()`."""
+        again = [
+            b
+            for b in self.script.bindings.get(loss.root, [])
+            if b.stmt in own_set(self.nest.inner) and b.stmt.lineno > loss.line
         ]
-        return [f"loss={main.code}", *dict.fromkeys(rest)]
+        if not again or ".detach()" not in loss.code:
+            return loss.code
+        return re.sub(r"\.detach\(\)(\.\w+\(\))?", "", loss.code)
 
     def _counter(self, bound: frozenset[str]) -> list[str]:
         """The script's own count of steps: one that goes up by 1 an iteration and never back."""
@@ -1879,6 +1856,10 @@ class Loss:
     code: str
     line: int
 
+    @property
+    def root(self) -> str:
+        return self.expr.partition("[")[0]
+
 
 class Losses:
     """The names of what is back-propagated in a loop."""
@@ -2000,9 +1981,8 @@ class Losses:
                     return self.n.p.add(spot, "step", code, "log", "the loss, where it has a name")
         return False
 
-    def overwritten(self, root: str, spot: Spot) -> bool:
+    def overwritten(self, name: str, spot: Spot) -> bool:
         """Assigned again, after the backward and before `spot`, in a loop or without gradients."""
-        name = root.partition(" ")[0].partition(".detach")[0]
         last_site = max(getattr(s, "lineno", 0) for s in self.n.nest.sites)
         inner = own_set(self.n.nest.inner)
         end = self.script.line_of(spot) or 0
@@ -2081,19 +2061,29 @@ class Batch:
         ]
 
     def _is_tensor(self, name: str) -> bool:
-        """Certain only by use: taken apart by a tensor's own methods, or made by torch."""
-        for node in own_all(self.n.scope.body):
-            if (
-                isinstance(node, ast.Attribute)
-                and dotted(node.value) == name
-                and (node.attr in TENSOR_METHODS)
-            ):
-                return True
-        return any(
-            self._makes_tensor(b, 2)
-            for b in self.script.bindings.get(name, [])
-            if b.scope is self.n.scope or b.scope is self.script.tree
+        """Certain only by use: a tensor's own method is called, torch takes it, torch made it."""
+        scope = self.n.scope if name in locals_of(self.n.scope) else self.script.tree
+        made = [b for b in self.script.bindings.get(name, []) if b.scope is scope]
+        if any(re.search(r"numpy|tolist|item\(\)|\bnp\.", ast.unparse(b.value)) for b in made):
+            return False
+        calls = [n for n in own_all(self.n.scope.body) if isinstance(n, ast.Call)]
+        return any(self._used_as_tensor(c, name) for c in calls) or any(
+            self._makes_tensor(b, 2) for b in made
         )
+
+    def _used_as_tensor(self, call: ast.Call, name: str) -> bool:
+        func = call.func
+        if isinstance(func, ast.Attribute) and dotted(func.value) == name:
+            return bool(TENSOR_METHODS.match(func.attr))
+        full = self.script.resolve(func)
+        if not full.startswith(("torch.", "F.")) or TAKES_NO_TENSOR.match(last(full)):
+            return False
+        for arg in call.args:
+            if isinstance(arg, ast.Call) and isinstance(arg.func, ast.Attribute):
+                arg = arg.func.value  # F.cross_entropy(logits, y.flatten())
+            if isinstance(arg, ast.Name) and arg.id == name:
+                return last(full)[:1].islower() and ".utils." not in full
+        return False
 
     def _makes_tensor(self, binding: Binding, depth: int) -> bool:
         value = binding.value
@@ -2112,7 +2102,7 @@ class Batch:
         if not isinstance(value, ast.Call):
             return False
         full = self.script.resolve(value.func)
-        if full.startswith("torch.") and last(full) in TENSOR_MAKERS:
+        if full.startswith("torch.") and TENSOR_MAKERS.match(last(full)):
             return True
         helper = self.script.definition(value)
         return bool(helper and depth and self._returns_tensor(helper, binding.index, depth))

@@ -29,7 +29,7 @@ GOLDEN = {
         "yes",
         "loss=loss.detach() * args.accumulation_steps",
     ),
-    "amp_flag": ("yes", "none seen", "yes", "loss=loss, samples=image.size(0)"),
+    "amp_flag": ("yes", "none seen", "yes", "loss=loss"),
     "bptt_manual_sgd": ("yes", "yes", "yes", "loss=loss"),
     "counted_in_tokens": ("yes", "none seen", "yes", "loss=loss, tokens=y.numel()"),
     "epoch_function": ("yes", "yes", "yes", "loss=loss, samples=data.size(0)"),
@@ -181,6 +181,42 @@ def test_deleted_names_are_not_used():
     assert next(row for row in result[step + 1 :] if row.strip()).strip().startswith("del X, Y")
 
 
+LOOP = """import torch
+import torch.nn.functional as F
+opt = torch.optim.SGD([w], 1)
+for x, y in batches:
+    loss = F.mse_loss(w, y)
+    {before}
+    loss.backward()
+    opt.step()
+    {after}
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ("pass", "pass", "obs.step(loss=loss, samples=y.size(0))"),
+        ("y = y.numpy()", "pass", "obs.step(loss=loss)"),
+        ("print(x.shape)", "del y", "obs.step(loss=loss, samples=y.size(0))"),
+        ("x.float()", "pass", "obs.step(loss=loss, samples=x.size(0))"),
+        ("loss = loss / grad_accum", "pass", "obs.step(loss=loss.detach() * grad_accum, samples"),
+        (
+            "loss = loss / grad_accum",
+            "loss = loss.item()",
+            "obs.step(loss=loss * grad_accum, samples",
+        ),
+        ("pass", "loss = other(x)", "obs.step(samples=y.size(0))"),
+        ("pass", "del loss, x; print(y)", "obs.step(samples=y.size(0))"),
+        ("vocab = 3", "pass", "obs.step(loss=loss, tokens=y.numel())"),
+    ],
+)
+def test_step_uses_only_values_that_are_sure(before, after, expected):
+    source = LOOP.format(before=before, after=after)
+    lines = added(patch(source.encode())[0])
+    assert any(expected in line for line in lines), lines
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -246,7 +282,7 @@ def test_file_format_survives(change):
 
 
 def test_loop_at_the_very_end_without_a_newline_reverses():
-    data = b"import torch\nopt = torch.optim.SGD([torch.zeros(1)], 1)\nfor i in range(3):\n  opt.step()"
+    data = b"import torch\nopt = torch.optim.SGD([w], 1)\nfor i in range(3):\n  opt.step()"
     result, _ = patch(data)
     assert b"obs.step(i)" in result
     assert autopatch.reverse(result) == data
