@@ -2638,7 +2638,8 @@ class Evaluations:
         names = {
             n
             for node in own_all(helper.body)
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp)
+            if isinstance(node, (ast.Assign, ast.AugAssign))
+            and isinstance(node.value, (ast.BinOp, ast.Name))
             for n in targets(node)
         }
         scores = sorted(n for n in names & bound if METRIC_NAME.search(n) and "." not in n)
@@ -2976,6 +2977,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PatchError as error:
         print(f"autopatch: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has seen enough; the interpreter's last flush must not fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -2989,7 +2993,11 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--reverse", action="store_true", help="remove the added lines again")
     what.add_argument("--check", action="store_true", help="say what was found, and how surely")
     what.add_argument("--patch", type=Path, metavar="FILE", help="apply a ready, pinned patch")
-    what.add_argument("--pin", action="store_true", help="print the diff as a ready, pinned patch")
+    what.add_argument(
+        "--pin",
+        action="store_true",
+        help="print the diff, or the lines that are there, as a ready patch",
+    )
     parser.add_argument(
         "--only",
         type=_parts,
@@ -3020,6 +3028,9 @@ def _run(options: argparse.Namespace) -> int:
     if options.patch:
         return _apply_file(path, data, options.patch)
     marked = [i for i, row in enumerate(split_lines(data), 1) if is_marked(row)]
+    if marked and options.pin:  # lines that were added or changed by hand
+        print(pin(reverse(data), data, path.name), end="")
+        return 0
     if marked:
         return _already(path, data, marked)
     script = Script(data, path.name)

@@ -741,3 +741,15 @@ def test_damaged_patch_is_refused(script, pinned, old, new, why):
 def test_pinned_patch_says_when_it_is_already_applied(script, pinned):
     run_tool(script, "--patch", pinned)
     assert "already patched" in run_tool(script, "--patch", pinned).stderr
+
+
+def test_pin_of_a_patched_file_keeps_what_was_changed_by_hand(script, tmp_path):
+    original = script.read_bytes()
+    run_tool(script, "--write")
+    observed = script.read_bytes().replace(b"obs.init()", b'obs.init("mine")')
+    script.write_bytes(observed)
+    ready = tmp_path / "hand.patch"
+    ready.write_text(run_tool(script, "--pin").stdout)
+    script.write_bytes(original)
+    assert run_tool(script, "--patch", ready).returncode == 0
+    assert script.read_bytes() == observed
