@@ -700,6 +700,7 @@ HELD_OUT_LOSS = re.compile(
 ENGINE_NAME = re.compile(
     r"accelerat|fabric|booster|engine|strategy|autograd|^amp|scaler|trainer|^self$", re.I
 )
+MOVES_ON = re.compile(r"^(?:next\w*|get_batch|sample\w*|push|add|append|put|store|update\w*|draw)$")
 CLOCK = re.compile(
     r"^(?:time\.\w+|perf_counter|time|monotonic|datetime\.\S+|timer|"
     r"timeit\.default_timer)$"
@@ -1545,6 +1546,7 @@ class NestPatcher:
             self.refuse(self.nest.inner, "the loop's body is on the line of its header")
         self._state_elsewhere()
         self._early_scheduler()
+        self._reads_by_hand()
         return not self.refusals
 
     def _also_called_once(self) -> bool:
@@ -1564,6 +1566,9 @@ class NestPatcher:
             if name and ENV_NAME.search(last(name)) and method in {"step", "reset"}:
                 self.refuse(node, f"the state of {name} cannot be saved")
                 return
+            if name and self._keeps_state(name, method):
+                self.refuse(node, f"{name}.{method}() changes {name}, whose state cannot be saved")
+                return
             if isinstance(func, ast.Name) and func.id == "iter" and self._remade(node):
                 self.refuse(
                     node, "the iterator is made again in mid-loop; its position cannot be saved"
@@ -1575,6 +1580,38 @@ class NestPatcher:
                     binding.stmt, ast.AugAssign
                 ):
                     self.refuse(binding.stmt, f"{optimizer} is made again inside the loop")
+
+    def _keeps_state(self, name: str, method: str) -> bool:
+        """An object made before the loop that moves on with it: a batch source, a buffer."""
+        known = [*self.models, *self.optimizers]
+        if name in known or self.roles.scheduler(name) or self.roles.optimizer(name):
+            return False
+        if SCALER_NAME.search(name) or name.partition(".")[0] in self.script.imports:
+            return False
+        made = [
+            c
+            for b in self.script.bindings.get(name, [])
+            for c in _makers(b.value)
+            if b.stmt not in own_set(self.loops[0])
+        ]
+        classes = [last(dotted(c.func)) for c in made if last(dotted(c.func))[:1].isupper()]
+        if any(
+            re.search(r"Meter|Metric|Log|Writer|Timer|Tracker|Board|tqdm|Progress|Prof", c)
+            for c in classes
+        ):
+            return False
+        if classes and MOVES_ON.search(method):
+            return True
+        return any(self._method_writes(c, method) for c in classes)
+
+    def _method_writes(self, owner: str, method: str) -> bool:
+        """Whether a method of a class of this file assigns attributes of its object."""
+        return any(
+            f.name == method
+            and getattr(self.script.class_of(f), "name", "") == owner
+            and any(t.startswith("self.") for n in own_all(f.body) for t in targets(n))
+            for f in self.script.functions
+        )
 
     def _remade(self, call: ast.Call) -> bool:
         return self.nest.inner in self.script.loops_around(call)
@@ -1615,17 +1652,25 @@ class NestPatcher:
     def _guard_batches(self, loop: Loop) -> None:
         if isinstance(loop, ast.While) and len(self.loops) == 1 and not reads_next(loop):
             return
-        index = 0
-        for i, stmt in enumerate(loop.body):
-            if reads_next([stmt]):
-                index = i + 1
+        index = self._behind_next(loop)
+        code = f"if {self.obs}.skip_batch(): continue"
         self.p.add(
-            Spot(loop.body, index),
-            "skip",
-            f"if {self.obs}.skip_batch(): continue",
-            "resume",
-            "a resumed run passes what is done",
+            Spot(loop.body, index), "skip", code, "resume", "a resumed run passes what is done"
         )
+
+    @staticmethod
+    def _behind_next(loop: Loop) -> int:
+        """The guard stands behind `batch = next(it)`: a skipped batch is read all the same."""
+        return sum(isinstance(s, (ast.Assign, ast.Expr)) and reads_next([s]) for s in loop.body)
+
+    def _reads_by_hand(self) -> None:
+        loop = self.nest.inner
+        if reads_next(loop) and reads_next(loop.body[self._behind_next(loop) :]):
+            self.refuse(
+                loop,
+                "next() is called in the middle of the iteration; a resumed run cannot "
+                "pass over it",
+            )
 
     def _report(self, resumable: bool) -> None:
         parts = self.out.parts
@@ -2174,11 +2219,7 @@ class Carry:
             )
 
 
-NOT_CARRIED = re.compile(
-    r"bar$|^pbar|^progress|tqdm|writer|logger|meter|timer|^t\d?$|^tic$|"
-    r"start_time|_time$|^start$|^end$|profiler|^prof$",
-    re.I,
-)
+NOT_CARRIED = re.compile(r"^pbar|progress_?bar|tqdm|writer$|logger$|^prof(?:iler)?$", re.I)
 
 
 class Carried:
@@ -2254,9 +2295,10 @@ class Carried:
         roles = self.n.roles
         if (
             NOT_CARRIED.search(last(name))
-            or roles.optimizer(name)
-            or roles.scheduler(name)
-            or (name in self.n.models or SCALER_NAME.search(last(name)))
+            or name in self.n.optimizers
+            or name in self.n.models
+            or roles.made_by(name, OPTIMIZER_CALL, "torch.optim.")
+            or roles.made_by(name, SCHEDULER_CALL)
         ):
             return False
         scope = self.script.scope_of(loop)

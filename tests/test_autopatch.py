@@ -753,3 +753,41 @@ def test_pin_of_a_patched_file_keeps_what_was_changed_by_hand(script, tmp_path):
     script.write_bytes(original)
     assert run_tool(script, "--patch", ready).returncode == 0
     assert script.read_bytes() == observed
+
+
+SOURCES = """import torch
+class Loader:
+    def __init__(self): self.position = 0
+    def batch(self):
+        self.position += 1
+        return torch.zeros(1)
+model = torch.nn.Linear(1, 1)
+opt = torch.optim.SGD(model.parameters(), 1)
+source = {make}
+for step in range(9):
+    {first}
+    x = {read}
+    loss = model(x).sum()
+    loss.backward()
+    opt.step()
+"""
+
+
+@pytest.mark.parametrize(
+    ("make", "first", "read", "resume"),
+    [
+        ("Loader()", "pass", "source.batch()", "no"),
+        ("Buffer()", "pass", "source.sample(3)", "no"),
+        ("ModelEMA(model)", "source.update(model)", "torch.zeros(1)", "no"),
+        ("AverageMeter()", "source.update(1)", "torch.zeros(1)", "yes"),
+        ("iter(loader)", "print(step)", "next(source)", "no"),
+        ("iter(loader)", "y = next(source)", "next(source)", "yes"),
+    ],
+)
+def test_resume_is_left_out_where_state_lies_elsewhere(make, first, read, resume):
+    source = SOURCES.format(make=make, first=first, read=read)
+    result, found = patch(source.encode())
+    assert found.parts["resume"] == resume
+    if "next(" in read and resume == "yes":
+        rows = result.decode().splitlines()
+        assert "skip_batch" in rows[rows.index("    x = next(source)") + 1]
