@@ -700,7 +700,9 @@ HELD_OUT_LOSS = re.compile(
 ENGINE_NAME = re.compile(
     r"accelerat|fabric|booster|engine|strategy|autograd|^amp|scaler|trainer|^self$", re.I
 )
-MOVES_ON = re.compile(r"^(?:next\w*|get_batch|sample\w*|push|add|append|put|store|update\w*|draw)$")
+MOVES_ON = re.compile(
+    r"^(?:next\w*|get_batch|sample\w*|push\w*|pop\w*|query|add|append|put|store|update\w*|draw)$"
+)
 CLOCK = re.compile(
     r"^(?:time\.\w+|perf_counter|time|monotonic|datetime\.\S+|timer|"
     r"timeit\.default_timer)$"
