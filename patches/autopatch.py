@@ -1547,6 +1547,7 @@ class NestPatcher:
         if not self.script.own_line(self.nest.inner.body[0]):
             self.refuse(self.nest.inner, "the loop's body is on the line of its header")
         self._state_elsewhere()
+        self._unsavable_optimizer()
         self._early_scheduler()
         self._reads_by_hand()
         return not self.refusals
@@ -1582,6 +1583,23 @@ class NestPatcher:
                     binding.stmt, ast.AugAssign
                 ):
                     self.refuse(binding.stmt, f"{optimizer} is made again inside the loop")
+
+    def _unsavable_optimizer(self) -> None:
+        """An optimizer that is an object of the script itself, without a `state_dict`."""
+        makers = {
+            last(dotted(c.func)): c
+            for o in self.optimizers
+            for b in self.script.bindings.get(o, [])
+            for c in _makers(b.value)
+        }
+        for node in self.script.nodes:
+            if (
+                isinstance(node, ast.ClassDef)
+                and node.name in makers
+                and not any("ptim" in dotted(base) for base in node.bases)
+                and not any(isinstance(f, FUNCTIONS) and f.name == "state_dict" for f in node.body)
+            ):
+                self.refuse(makers[node.name], f"{node.name} has no state_dict to save")
 
     def _keeps_state(self, name: str, method: str) -> bool:
         """An object made before the loop that moves on with it: a batch source, a buffer."""

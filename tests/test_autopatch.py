@@ -62,7 +62,7 @@ GOLDEN = {
         "yes",
         "iter_num, loss=loss.detach() * gradient_accumulation_steps",
     ),
-    "wrapped_optimizer": ("yes", "yes", "yes", "loss=loss, tokens=trg.numel()"),
+    "wrapped_optimizer": ("yes", "yes", "no", "loss=loss, tokens=trg.numel()"),
 }
 
 
