@@ -377,8 +377,6 @@ class Run:
                 form.size, seq, wall, step, len(form.blob), form.blob, *values, seq,
             )  # fmt: skip
             self._seq = seq
-        if seq % (Ring.SLOTS // 2) == 0:
-            self._wake.set()  # long before it is full
 
     # From the ring to the sinks.
 
@@ -524,7 +522,7 @@ class Settings:
 
     tensorboard: bool = True
     wandb: bool = False  # WANDB_MODE=offline or online turns it on too
-    drain_interval: float = 1.0  # seconds between two writes of the journal
+    drain_interval: float = 0.5  # seconds between two writes of the journal
     system_interval: float = 10.0  # seconds between two system records, 0 for none
     close_timeout: float = 5.0  # seconds that finish() may take
 
@@ -640,7 +638,7 @@ class Ring:
     SLOT = 1024  # bytes of a record: some thirty metrics; a wider record is split
     # Records between two drains. The kernel write-protects the pages at each write-back, and the
     # next store to each may then wait for the disk: few pages, few waits.
-    SLOTS = 256
+    SLOTS = 512
 
     def __init__(self, path: Path | None) -> None:
         self._fd = -1

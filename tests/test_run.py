@@ -493,7 +493,7 @@ def test_unknown_and_bad_settings_are_said_and_the_defaults_stand(open_run, monk
     said = capfd.readouterr().err
     assert "tensorbord" in said
     assert "drain_interval='soon'" in said
-    assert run.settings.drain_interval == 1.0
+    assert run.settings.drain_interval == 0.5
 
 
 def test_an_argument_goes_before_the_environment(open_run, monkeypatch):

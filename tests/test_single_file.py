@@ -174,3 +174,29 @@ def test_the_unobserved_script_runs_without_the_drop_in_anywhere(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == [
         "logs", "titles.py", "train.py",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "environment"),
+    [
+        ("", {"HOME": "/proc/nowhere"}),
+        ("", {"ATEN_CPU_CAPABILITY": "default"}),
+        ("import sys; sys.modules['numpy'] = None", {}),
+        ("import sys; sys.modules['structlog'] = None", {}),
+    ],
+    ids=["unwritable home", "no AVX", "no numpy", "no structlog"],
+)
+def test_it_runs_where_little_is_there(folder, before, environment):
+    """Without a terminal in every case: input and output are pipes."""
+    (folder / "train.py").write_text(
+        f"{before}\nimport torch, observability as obs\nobs.init('run')\n"
+        "for step in range(1, 101): obs.step(step, loss=torch.tensor(1 / step))\nobs.finish()\n"
+    )
+    done = subprocess.run([sys.executable, "train.py"], cwd=folder, stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, timeout=120,
+                          env={"PATH": "/usr/bin:/bin", **environment})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "observability" not in done.stderr
+    steps = [r["step"] for r in obs.read_run(folder / "out/run") if r["tags"]["phase"] == "train"]
+    assert steps == list(range(1, 101))
+    assert list(folder.glob("logs/tb/run_*/events*"))
