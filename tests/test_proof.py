@@ -207,7 +207,7 @@ def test_the_small_run_matches_its_baseline_at_every_point(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [("lr=0.012,", "lr=0.01212,"), ("seed: int = 1337", "seed: int = 1338"),
-     ("    ptr = 0\n    step", "    ptr = args.block_size\n    step")],
+     ("= lines[: self._train_count],", "= lines[: self._train_count][::-1],")],
     ids=["lr", "seed", "data order"],
 )  # fmt: skip
 def test_a_recipe_that_moved_fails_its_baseline(tmp_path, change):

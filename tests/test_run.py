@@ -343,12 +343,11 @@ def test_a_forked_worker_writes_nothing(open_run, run_dir):
 # --- Bad input ------------------------------------------------------------------------------------
 
 
-def test_step_before_init_is_said_once(open_run, capfd):
-    obs._run = None
-    for _ in range(3):
-        obs.step(1, loss=1.0)
-    obs.finish()
-    assert capfd.readouterr().err == "observability: step() before init(): it is not recorded\n"
+def test_step_before_init_is_said_once():
+    script = "import observability as obs\nfor _ in range(3): obs.step(1, loss=1.0)\nobs.finish()"
+    done = python("-c", script, env={**os.environ, "PYTHONPATH": str(MAINRUN)})
+    assert done.returncode == 0
+    assert done.stderr == "observability: step() before init(): it is not recorded\n"
 
 
 @pytest.mark.parametrize("call", [lambda: obs.step(loss=1.0), lambda: obs.validation(1.0),
