@@ -309,6 +309,43 @@ def test_a_cuda_loss_is_recorded_without_waiting(open_run, run_dir, dtype, shape
     assert records(run_dir, "eval")[0]["metrics"]["loss/val_step"] == 7.0
 
 
+class OnDevice(torch.Tensor):
+    """Stands for a CUDA tensor where there is no GPU: it says that it is one."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def no_pinning(monkeypatch):
+    plain = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory: plain(*size))
+    obs._Landing._free.clear()
+    yield
+    obs._Landing._free.clear()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_device_values_land_in_their_order(open_run, run_dir, no_pinning, shape):
+    open_run()
+    for step in range(1, 1001):
+        obs.step(step, loss=torch.full(shape, step / 8).as_subclass(OnDevice), other=1.0)
+    obs.finish()
+    got = [(r["step"], r["metrics"]["loss/train"]) for r in records(run_dir, "train")]
+    assert got == [(step, step / 8) for step in range(1, 1001)]
+    assert len(obs._Landing._free) == 256  # each cell came back
+
+
+def test_a_value_that_never_lands_is_counted_as_lost(open_run, run_dir, no_pinning):
+    run = open_run(close_timeout=0.2)
+    obs.step(1, loss=torch.tensor(1.0).as_subclass(OnDevice))
+    [flight] = run._in_flight
+    flight.values[0]._cell[1].value = obs._Landing._ABSENT  # as if the copy were still to come
+    obs.step(2, loss=2.0)
+    obs.finish()
+    assert [r["step"] for r in records(run_dir, "train")] == [2]
+    assert read_json(run_dir / "results.json")["lost_records"] == 1
+
+
 # --- Off ------------------------------------------------------------------------------------------
 
 
