@@ -38,7 +38,8 @@ def test_every_figure_is_measured_for_every_peer(quick, peer):
     figures = quick[1]["peers"][peer]
     wanted = FIGURES if peer == "empty" else FIGURES + KILLED
     assert {name for name in wanted if not isinstance(figures.get(name), (int, float))} == set()
-    assert figures["call_median_us"] > 0
+    # Net of the clock's own cost an empty call can come to nothing.
+    assert figures["call_median_us"] >= 0 if peer == "empty" else figures["call_median_us"] > 0
 
 
 def test_the_machine_is_described(quick):
