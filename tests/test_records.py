@@ -246,16 +246,19 @@ def test_a_run_that_reads_itself_is_still_known_to_be_alive(open_run, run_dir):
 
 def test_a_killed_run_is_dead_though_its_worker_lives(tmp_path):
     script = f"""
-import os, sys, time, observability as obs
+import os, sys, observability as obs
 obs.init("run", out_dir={str(tmp_path)!r}, tb_dir={str(tmp_path)!r})
 obs.step(1, loss=1.0)
 if os.fork() == 0:
     print(os.getpid(), flush=True)
-    time.sleep(60)
-time.sleep(60)
+sys.stdin.read()  # until the test ends
 """
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE,
-                               env={**os.environ, "PYTHONPATH": str(MAINRUN)})  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(MAINRUN)},
+    )
     worker = int(process.stdout.readline())
     try:
         assert obs.alive(tmp_path / "run")
