@@ -19,7 +19,7 @@ What a run leaves behind, beside the script:
         config.json  run_manifest.json   what was run, on what
         training.log  results.json       evaluations and events; how it ended
 
-    python observability.py summarize|parity|rebuild|tb --help
+    python observability.py summarize|verify|parity|rebuild|tb --help
 
 What it promises: it draws no random number, reads no batch, runs no forward, sets no flag and never
 waits for the device; a full disk ends the metrics, not the training; a SIGKILL loses no step.
@@ -30,22 +30,31 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import ctypes
+import errno
 import functools
+import io
 import json
 import math
 import mmap
 import operator
 import os
 import platform
+import random
 import re
+import shutil
+import signal
 import struct
 import sys
 import threading
 import time
+import weakref
+import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
@@ -54,7 +63,8 @@ try:
 except ImportError:  # Windows, where a live run is then not told from a dead one
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["ObservabilityError", "Run", "finish", "init", "log", "read_run", "skip_epoch", "step",
+__all__ = ["CheckpointError", "ObservabilityError", "Run", "add_arguments", "finish", "init",
+           "latest_ckpt", "log", "read_run", "resume", "save", "skip_batch", "skip_epoch", "step",
            "validation", "watch"]  # fmt: skip
 
 SCHEMA = 1
@@ -71,6 +81,10 @@ class ObservabilityError(Exception):
 
 class RunError(ObservabilityError):
     """A run directory is missing, unreadable, or of a newer schema than this file knows."""
+
+
+class CheckpointError(ObservabilityError):
+    """A checkpoint is missing, damaged, or not of this model; only resume() raises it."""
 
 
 class LogError(ObservabilityError):
@@ -138,13 +152,22 @@ class Run:
         self._lock = threading.RLock()  # reentrant, for a signal handler that calls in
         self._drain_lock, self._landing = threading.Lock(), threading.Lock()
         self._sinks: list[Sink] = []
+        self._sinks_open = False
+        self._curve = _Curve()
+        self._keeper: Keeper | None = None
+        self._origin: Path | None = None  # the checkpoint to go on from
+        self._no_origin: CheckpointError | None = None
         self._rank = int(os.environ.get("RANK") or 0)
-        disabled = os.environ.get("OBS_DISABLE", "0") not in ("", "0") or self._rank > 0
+        enabled = enabled and os.environ.get("OBS_DISABLE", "0") in ("", "0")
         self._hooks: list[Any] = []
         self._wake, self._stopping = threading.Event(), False
         self._open = False
-        if enabled and not disabled:
+        if enabled:
+            self._find_origin(script_dir() / out_dir)
+        if enabled and self._rank == 0:
             self._open = bool(self._start(_plain(config), Path(out_dir), Path(tb_dir)))
+        if self._open or self._origin:
+            self._keep_checkpoints()
 
     @_fenced
     def _start(self, config: Any, out_dir: Path, tb_dir: Path) -> bool:
@@ -153,25 +176,26 @@ class Run:
         tb_run = script_dir() / tb_dir / f"{self.name or 'run'}_{stamp}"
         self.name = self.name or "_".join(filter(None, (stamp, (commit or "")[:7])))
         self._manifest = {**manifest(commit), "hyperparameters": config}
+        earlier = _run_of(self._origin)
         try:
-            self.dir = _new_dir(script_dir() / out_dir, self.name)
+            self.dir = earlier or _new_dir(script_dir() / out_dir, self.name)
             self.name = self.dir.name
+            if earlier:
+                self._seq = self._drained = repair(earlier)
+                tb_run = _tb_dir(earlier)
             self._ring = Ring(self.dir / "metrics.ring")
-        except OSError as error:
+        except (OSError, RunError, ValueError) as error:
             self._degrade("the run directory", error)
             self._ring = Ring(None)
-        if run_dir := self.dir:
-            self._add_sink("journal", lambda: Journal(run_dir))
-            self._add_sink("training.log", lambda: TrainingLog(run_dir))
-            tb_path = os.path.relpath(tb_run, run_dir)
+        if self.dir and not earlier:
+            tb_path = os.path.relpath(tb_run, self.dir)
             header = {"schema": SCHEMA, "run": self.name, "created": self._started}
             self._save_json("config.json", {**header, "tb_dir": tb_path, "config": config})
-            self._save_json("run_manifest.json", self._manifest)
-        if self.settings.tensorboard:
-            self._add_sink("TensorBoard", lambda: TensorBoard(tb_run))
-        if self.settings.wandb:
-            self._add_sink("W&B", lambda: WeightsAndBiases(self.name, config, self.dir))
+        self._save_json("run_manifest.json", self._manifest)
+        self._tb_run = tb_run
         self._event("start", run=self.name)
+        if not self._origin:
+            self._open_sinks()
         self._timer = threading.Thread(target=self._keep_draining, daemon=True)
         self._timer.start()
         atexit.register(self._at_exit)
@@ -179,11 +203,28 @@ class Run:
             os.register_at_fork(after_in_child=self._forget)
         return True
 
+    def _open_sinks(self, cut: Mapping[str, Any] | None = None) -> None:
+        """What came after the checkpoint whose state is `cut` is taken out first."""
+        if cut and self.dir and _run_of(self._origin):
+            self._curve.redone = cut_journal(self.dir, cut["global_step"], cut["epoch"])
+        if run_dir := self.dir:
+            self._add_sink("journal", lambda: Journal(run_dir))
+            self._add_sink("training.log", lambda: TrainingLog(run_dir))
+        if self.settings.tensorboard:
+            purge = cut["global_step"] + 1 if cut else None
+            self._add_sink("TensorBoard", lambda: TensorBoard(self._tb_run, purge))
+        if self.settings.wandb:
+            config = self._manifest["hyperparameters"]
+            self._add_sink("W&B", lambda: WeightsAndBiases(self.name, config, self.dir))
+        self._sinks_open = True
+
     def _forget(self) -> None:
         """In a forked worker: the run is its parent's, and so is the lock that says it lives."""
         if self._open:
             self._open = False
             self._ring.close()
+        if self._keeper is not None:
+            self._keeper.release_signals()
 
     def __enter__(self) -> Run:
         return self
@@ -199,6 +240,9 @@ class Run:
         loader: Any = None,
     ) -> None:
         """Name what is trained; each argument is one object or a sequence of them. Read only."""
+        if self._keeper is not None:
+            self._keeper.watch(model=list(models), optimizer=optimizer, scheduler=scheduler,
+                               scaler=scaler, loader=loader)  # fmt: skip
         if not self._ready("watch"):
             return
         for index, each in enumerate(_several(optimizer)):
@@ -207,6 +251,24 @@ class Run:
             count = sum(parameter.numel() for parameter in model.parameters())
             self._event("watch", model=type(model).__name__, parameters=count)
         self._mark = time.perf_counter()
+
+    def resume(self, /, **defaults: Any) -> Any:
+        """Before the loop: put back what a checkpoint holds, where the run is to go on from one.
+
+        Args:
+            defaults: the loop-carried locals, as the script begins with them.
+        Returns: their values in order, as given or as saved; of a single one, the value itself.
+        Raises:
+            CheckpointError: the checkpoint that was asked for is not there, or does not fit.
+        """
+        if self._no_origin is not None:
+            raise self._no_origin
+        if self._keeper is None:
+            return _in_order(defaults)
+        values = self._keeper.resume(self._origin, defaults)
+        if self._origin is not None:
+            self._go_on(self._origin)
+        return _in_order(values)
 
     def _follow_lr(self, name: str, optimizer: Any) -> None:
         def note(optimizer: Any, *_: object) -> None:
@@ -255,6 +317,16 @@ class Run:
             self._record("train", step, record)
         except Exception as error:  # whatever the caller handed in: the training goes on
             _warn_once(f"step() failed and the training goes on: {error!r}")
+        if self._keeper is not None:
+            self._after_step(carry)
+            if self._keeper.signal is not None:
+                self._obey(self._keeper)
+
+    @_fenced
+    def save(self, /) -> None:
+        """A checkpoint now; within an iteration, at its step()."""
+        if self._ready("save") and self._keeper is not None:
+            self._keeper.ask(self.global_step)
 
     @_fenced
     def validation(
@@ -283,15 +355,28 @@ class Run:
     @_fenced
     def skip_epoch(self, /, epoch: int | None = None) -> bool:
         """First line of an epoch's loop: `if obs.skip_epoch(epoch): continue`. Names the epoch."""
+        number = epoch if epoch is not None else (self.epoch or 0) + 1
+        skip = self._keeper is not None and self._keeper.skip_epoch(number)
         if self._ready("skip_epoch"):
-            self._begin_epoch(epoch if epoch is not None else (self.epoch or 0) + 1)
+            self._begin_epoch(number)
             self._mark = time.perf_counter()
-        return False
+            self._epoch_loss = self._curve.epoch_losses.pop(number, None)
+        return skip
+
+    @_fenced
+    def skip_batch(self, /) -> bool:
+        """First line of the loop over batches: `if obs.skip_batch(): continue`."""
+        return self._keeper is not None and self._keeper.skip_batch()
 
     def finish(self, /, status: str = "completed", **results: Any) -> None:
         """Write out what is left, results.json too, and close; a second call does nothing."""
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            _fenced(keeper.finish)(not status.startswith(("failed", "unfinished", "signal")))
         if self._open:
             self._finish(status, results)
+        if keeper is not None:
+            keeper.end(keeper.signal)
 
     def _ready(self, call: str) -> bool:
         if not self._open and self.dir is not None:
@@ -314,6 +399,67 @@ class Run:
         if record and self.epoch is not None:
             self._record("eval", self.global_step, record, epoch=self.epoch)
         self._epoch_loss = None
+
+    # Checkpoints.
+
+    @_fenced
+    def _find_origin(self, out_dir: Path) -> None:
+        settings = self.settings
+        try:
+            self._origin = find_origin(settings.resume, out_dir, self.name, settings.ckpt_dir)
+        except CheckpointError as error:  # resume() may raise it: the loop has not begun
+            self._no_origin = error
+
+    @_fenced
+    def _keep_checkpoints(self) -> None:
+        within = self.dir and self.dir / "checkpoints"
+        given = self.settings.ckpt_dir and script_dir() / self.settings.ckpt_dir
+        if (directory := given or within) or self._origin:
+            self._keeper = Keeper(self.settings, Path(directory or ""), self._facts)
+        if self._keeper is not None and self._open:
+            self._keeper.manifest = self._manifest
+            self._keeper.on_saved = lambda path: self._event("saved", checkpoint=path.name)
+            self._keeper.catch_signals()
+
+    def _facts(self, step: int) -> dict[str, Any]:
+        """What the records say by now, for state.json; called by the checkpoint's thread."""
+        self._land()
+        self.drain()
+        facts = {"tokens": self._tokens, "best": self.best, **self._curve.facts(step)}
+        facts["hyperparameters"] = self._manifest["hyperparameters"]
+        return {name: _strict(fact) for name, fact in facts.items()}
+
+    @_fenced
+    def _go_on(self, origin: Path) -> None:
+        """Be the run that the checkpoint is of, from its step on."""
+        state = read_state(origin)
+        self.global_step, self._tokens = state["global_step"], state["tokens"]
+        self.best = state["best"] and (float(state["best"][0]), state["best"][1])
+        if not self._open:
+            return
+        now = {**numerics(), "hyperparameters": self._manifest["hyperparameters"]}
+        if other := _differences(state, json.loads(json.dumps(_strict(now), default=str))):
+            _warn_once(f"resuming {origin} where not all is as it was, so the digits may differ: "
+                       f"{'; '.join(other)}")  # fmt: skip
+        self._curve.go_on(state)
+        self._event("resume", checkpoint=origin.name, differs="; ".join(other))
+        self._open_sinks(state)
+
+    @_fenced
+    def _after_step(self, carry: Mapping[str, Any] | None) -> None:
+        if self._keeper is not None:
+            if self._open and not self._sinks_open:
+                _warn_once("the run was to resume, but the script never calls resume()")
+                self._open_sinks()
+            self._keeper.after_step(self.global_step, carry)
+
+    def _obey(self, keeper: Keeper) -> None:
+        """End as the script would have, now that the step is saved."""
+        number = keeper.signal
+        keeper.wait()
+        if number is not None and keeper.kills(number):
+            self._finish(f"signal {number}", {})
+        keeper.end(number)
 
     # From a value to the ring.
 
@@ -402,6 +548,8 @@ class Run:
                 if self.settings.system_interval > 0 and sample_at <= time.monotonic():
                     sample_at = time.monotonic() + self.settings.system_interval
                     self._record("system", self.global_step, system_metrics())
+                if self._keeper is not None and self._keeper.overdue(time.monotonic()):
+                    os.kill(os.getpid(), self._keeper.signal or 0)
                 self._land()
                 self.drain()
             except Exception as error:  # a device or a sink: the timer must outlive both
@@ -411,7 +559,7 @@ class Run:
     def drain(self) -> None:
         """Hand what the ring holds to the sinks."""
         with self._drain_lock:
-            while self._drained < self._seq:
+            while self._drained < self._seq and self._sinks_open:
                 # A slice at a time: each write lets the training's thread run.
                 upto = min(self._seq, self._drained + 64)
                 records = map(self._ring.get, range(self._drained + 1, upto + 1))
@@ -419,6 +567,8 @@ class Run:
                 self._drained = upto
 
     def _close_sinks(self) -> None:
+        if not self._sinks_open:
+            self._open_sinks()
         self.drain()
         while self._sinks:
             with contextlib.suppress(Exception):  # a stranger's close; the journal is written
@@ -430,6 +580,9 @@ class Run:
                 self._last.update(zip(record.form.names, record.values, strict=True))
             if record.form.names[:1] == ("loss/val_step",):
                 self._note_validation(record.values[0], record.step)
+                self._curve.validations.append((record.step, record.values[0], self.epoch))
+            elif record.form.names[:1] == ("loss/train",):
+                self._curve.note(record.step, record.values[0])
         for sink in list(self._sinks):
             try:
                 sink.write(records)
@@ -498,11 +651,12 @@ class Run:
             "final_val_loss": self._last.get("loss/val_step"),
             "best_val_loss": best_loss,
             "best_val_step": best_step,
+            "best_checkpoint": str(best_ckpt(self.dir / "checkpoints") or "") if self.dir else "",
             **{k.removeprefix("system/"): v for k, v in system_metrics().items() if "peak" in k},
             "degraded": self.degraded,
             "lost_records": lost,
         }
-        return {name: value for name, value in facts.items() if value is not None}
+        return {name: value for name, value in facts.items() if value not in (None, "")}
 
     def _save_json(self, name: str, content: Mapping[str, Any]) -> None:
         if self.dir is not None:
@@ -524,7 +678,13 @@ class Settings:
     wandb: bool = False  # WANDB_MODE=offline or online turns it on too
     drain_interval: float = 0.5  # seconds between two writes of the journal
     system_interval: float = 10.0  # seconds between two system records, 0 for none
-    close_timeout: float = 5.0  # seconds that finish() may take
+    close_timeout: float = 5.0  # seconds that finish() may take, without a checkpoint
+    save_interval: str = "0"  # optimizer steps between two checkpoints, or auto; 0 is off
+    keep_last: int = 3  # checkpoints, beside the best and the one resumed from
+    resume: str = "never"  # or auto, or the directory of a run or of a checkpoint
+    ckpt_dir: str = ""  # where checkpoints lie; by default in the run's directory
+    weights: str = ""  # a file for the weights alone, as of the latest checkpoint
+    save_timeout: float = 120.0  # seconds that the last checkpoint may take
 
     @classmethod
     def resolve(cls, given: Mapping[str, Any]) -> Settings:
@@ -534,7 +694,9 @@ class Settings:
         if unknown := sorted(set(given) - set(kinds)):
             _warn_once(f"init() has no setting {', '.join(unknown)}; it has {', '.join(kinds)}")
         for name, kind in kinds.items():
-            value = given.get(name, os.environ.get(f"OBS_{name.upper()}"))
+            plain = name.upper() if name in ("save_interval", "keep_last") else ""
+            said = os.environ.get(plain) or os.environ.get(f"OBS_{name.upper()}")
+            value = given.get(name, _from_arguments.get(name, said))
             if kind is bool and isinstance(value, str):
                 value = value.lower() not in ("", "0", "false", "no", "off")
             try:
@@ -573,11 +735,41 @@ def _on_the_run(method: Callable[Concatenate[Run, P], R]) -> Callable[P, R | Non
     return call
 
 
-_FORWARDED = ("watch", "step", "validation", "skip_epoch", "log", "finish")
+def resume(**defaults: Any) -> Any:
+    """The loop's locals in their order, as a checkpoint has them or as given: see `Run.resume`."""
+    return _in_order(defaults) if _run is None else _run.resume(**defaults)
+
+
+_from_arguments: dict[str, Any] = {}  # settings that came by way of the command line
+
+
+def add_arguments(parser: Any) -> None:
+    """Give an argparse parser --resume, --ckpt_dir, --keep_last_checkpoints, --save_interval."""
+    import argparse
+
+    class Remember(argparse.Action):
+        def __call__(self, _: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+            setattr(namespace, self.dest, values)
+            _from_arguments[self.metavar.lower()] = values  # type: ignore[union-attr]
+
+    def add(option: str, setting: str, text: str, **more: Any) -> None:
+        if option not in parser._option_string_actions:  # else the script has its own
+            parser.add_argument(option, action=Remember, metavar=setting.upper(), help=text, **more)
+
+    add("--resume", "resume", "auto, never, or a run's or a checkpoint's directory",
+        nargs="?", const="auto")  # fmt: skip
+    add("--ckpt_dir", "ckpt_dir", "where checkpoints lie")
+    add("--keep_last_checkpoints", "keep_last", "how many are kept", type=int)
+    add("--save_interval", "save_interval", "optimizer steps between two, or auto")
+
+
+_FORWARDED = ("watch", "step", "validation", "skip_epoch", "skip_batch", "save", "log", "finish")
 watch = _on_the_run(Run.watch)
 step = _on_the_run(Run.step)
 validation = _on_the_run(Run.validation)
 skip_epoch = _on_the_run(Run.skip_epoch)
+skip_batch = _on_the_run(Run.skip_batch)
+save = _on_the_run(Run.save)
 log = _on_the_run(Run.log)
 finish = _on_the_run(Run.finish)
 
@@ -864,12 +1056,17 @@ class Journal:
 class TensorBoard:
     """An event file, an event a record; it needs neither tensorboard nor protobuf."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, purge_step: int | None = None) -> None:
+        """With `purge_step`, TensorBoard forgets what earlier files have from that step on."""
         directory.mkdir(parents=True, exist_ok=True)
         now = time.time()
         name = f"events.out.tfevents.{int(now)}.{platform.node()}.{os.getpid()}.obs"
         self._fd = _append_to(directory / name)
-        _write_all(self._fd, _framed(b"\x09" + struct.pack("<d", now) + b"\x1a\x0dbrain.Event:2"))
+        head = b"\x09" + struct.pack("<d", now)
+        _write_all(self._fd, _framed(head + b"\x1a\x0dbrain.Event:2"))
+        if purge_step is not None:  # Event{step, session_log{status: START}}
+            start = head + b"\x10" + _varint(purge_step) + b"\x3a\x02\x08\x01"
+            _write_all(self._fd, _framed(start))
 
     def write(self, records: Sequence[Record]) -> None:
         _write_all(self._fd, b"".join([self._event(r) for r in records if r.values]))
@@ -923,6 +1120,1100 @@ class TrainingLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+# --- Saving and resuming --------------------------------------------------------------------------
+
+
+class Keeper:
+    """When a run saves, and how a killed one goes on to the same last digit.
+
+    `iter(loader)` draws from the global generators, and so may every batch. A resumed epoch
+    therefore begins with the generators as they were when it first began, passes the batches that
+    are done, and at the last of them gives the generators the state that the checkpoint has.
+    """
+
+    PATIENCE = 25.0  # seconds that a signal waits for the end of a step
+    SHARE = 0.005  # of the run's time, that saving at an interval of "auto" may cost
+
+    def __init__(self, settings: Settings, directory: Path, facts: Callable[[int], Any]) -> None:
+        self._settings, self._directory, self._facts = settings, directory, facts
+        self.watched: dict[str, list[Any]] = {kind: [] for kind in _KINDS}
+        self.manifest: Mapping[str, Any] = {}
+        self.every = _interval(settings.save_interval)  # steps; -1 is auto
+        self.on_saved: Callable[[Path], None] = lambda path: None
+        self.signal: int | None = None  # that came, and waits for the end of the step
+        self._signal_at = 0.0
+        self._previous: dict[int, Any] = {}
+        self._saver: Saver | None = None
+        self._carry: Mapping[str, Any] = {}
+        self._epoch: int | None = None
+        self._batches = 0  # of this epoch, with the one under way
+        self._between = False  # two iterations: what the script carries is what step() was given
+        self._wanted = False
+        self._step: int | None = None
+        self._cost_s, self._saved_at = 0.0, time.monotonic()
+        self._origin: Path | None = None
+        self._start_rng: Any = None  # the generators before the loop over batches
+        self._place: _Place | None = None  # that a resumed run has yet to come to
+        self._put_back: Any = None  # the generators after the last batch that is passed
+        self._left = 0  # batches to pass
+
+    def watch(self, **things: Any) -> None:
+        for kind, given in things.items():
+            known = {id(thing) for thing in self.watched[kind]}
+            self.watched[kind] += [t for t in map(_bare, _several(given)) if id(t) not in known]
+
+    # Saving.
+
+    def after_step(self, step: int, carry: Mapping[str, Any] | None) -> None:
+        before, self._step = self._step, step
+        self._carry, self._between = carry or {}, True
+        if self.signal is not None or self._wanted or self._due(step, before, time.monotonic()):
+            self.save(step)
+        elif before is None and self.every:
+            self._open().prepare(self._parts())
+
+    def _due(self, step: int, before: int | None, now: float) -> bool:
+        if self.every < 0:
+            return now - self._saved_at >= max(10.0, self._cost_s / self.SHARE)
+        return self.every > 0 and step // self.every > (before or 0) // self.every
+
+    def ask(self, step: int) -> None:
+        """Save now between two iterations; within one, at its end: only then is all of it done."""
+        if self._between and self._batches:
+            self.save(step)
+        else:
+            self._wanted = True
+
+    def save(self, step: int, *, last: bool = False) -> bool:
+        """Snapshot and write behind; the last one is waited for. False where it did not come."""
+        self._wanted = False
+        began = time.monotonic()
+        saver, timeout = self._open(), self._settings.save_timeout
+        if last and not saver.wait(timeout):
+            return False
+        place = {"epoch": self._epoch, "step_in_epoch": self._batches, "ended": last,
+                 **numerics()}  # fmt: skip
+        saver.save(step, self._parts(), lambda: {**place, **self._facts(step)}, hurry=last)
+        self._saved_at = time.monotonic()
+        self._cost_s = self._saved_at - began + saver.write_s
+        return not last or saver.wait(timeout)
+
+    def finish(self, completed: bool) -> None:
+        """The last save, where saving is on and the loop has come to its end."""
+        if self._step is None or not (self.every or self._wanted or self._saver):
+            return
+        done = self.save(self._step, last=True) if completed else self.wait()
+        if not done:
+            _warn_once(f"the checkpoint of step {self._step} took over "
+                       f"{self._settings.save_timeout:g} s; raise save_timeout")  # fmt: skip
+
+    def wait(self) -> bool:
+        return self._saver is None or self._saver.wait(self._settings.save_timeout)
+
+    def _open(self) -> Saver:
+        if self._saver is None:
+            store = CheckpointStore(self._directory, keep_last=self._settings.keep_last)
+            store.resumed_from = self._origin
+            self._saver = Saver(store, self.watched["optimizer"], on_saved=self._saved)
+        return self._saver
+
+    def _saved(self, path: Path) -> None:
+        if self._settings.weights:
+            publish_weights(path, script_dir() / self._settings.weights)
+        self.on_saved(path)
+
+    def _parts(self) -> dict[str, Any]:
+        *four, loaders = (self.watched[kind] for kind in _KINDS)
+        states = [loader.state_dict() for loader in loaders if hasattr(loader, "load_state_dict")]
+        parts = capture(*four, loader=states, carry=dict(self._carry), start=self._start_rng)
+        return {**parts, "run_manifest.json": json.dumps(_strict(self.manifest)).encode()}
+
+    # Resuming.
+
+    def resume(self, origin: Path | None, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Put everything back; the loop's locals as they were. Raises CheckpointError."""
+        self._start_rng = rng_state() if "torch" in sys.modules else None
+        if origin is None:
+            return dict(defaults)
+        *four, loaders = (self.watched[kind] for kind in _KINDS)
+        state, saved = read_state(origin), restore(origin, *four)
+        if absent := sorted(defaults.keys() - saved["carry"].keys()):
+            raise CheckpointError(
+                f"{origin} has no {', '.join(absent)}, which resume() asks for; give step() "
+                f"carry={{{', '.join(f'{name!r}: {name}' for name in absent)}}}")
+        for loader, loader_state in zip(loaders, saved["loader"], strict=False):
+            loader.load_state_dict(loader_state)
+        self._origin, self._step = origin, state["global_step"]
+        epoch, batches = state["epoch"], state["step_in_epoch"]
+        whole = not batches or (state["ended"] and epoch is not None)
+        # A loader with a state of its own is at its place already, and at its end gives no batch.
+        with contextlib.suppress(TypeError):  # some have no length
+            if saved["loader"] and len(loaders[0]) == batches:
+                saved = {**saved, "start": saved}
+        place = _Place(epoch, batches, 0 if saved["loader"] else batches, whole, saved)
+        if epoch is None:
+            self._enter(place)
+        else:
+            self._place = place
+        return {name: _like(saved["carry"][name], value) for name, value in defaults.items()}
+
+    def skip_epoch(self, epoch: int) -> bool:
+        """Whether a resumed run has done all of this epoch already."""
+        place = self._place
+        if place is not None and epoch < place.epoch:
+            return True
+        self._place = self._put_back = None
+        if place is not None and epoch == place.epoch:
+            return self._enter(place)
+        self._epoch, self._batches, self._between = epoch, 0, True
+        self._start_rng = rng_state() if "torch" in sys.modules else None
+        return False
+
+    def _enter(self, place: _Place) -> bool:
+        self._epoch, self._between = place.epoch, True
+        if place.whole:
+            self._restore_rng(place.rng)
+        else:
+            self._restore_rng(place.rng["start"])
+            self._start_rng, self._put_back = rng_state(), place.rng
+            self._left, self._batches = place.left, place.batches - place.left
+        return place.whole
+
+    def skip_batch(self) -> bool:
+        """Whether a resumed run has done this batch already."""
+        self._batches, self._between = self._batches + 1, False
+        if self._put_back is None:
+            return False
+        self._left -= 1
+        if self._left <= 0:  # the last to be passed, or a loader that came back to its place
+            self._restore_rng(self._put_back)
+            self._put_back = None
+        return self._left >= 0
+
+    def _restore_rng(self, rng: Mapping[str, Any]) -> None:
+        if not int(os.environ.get("RANK") or 0):  # the others must not repeat the first one's
+            set_rng_state(rng)
+
+    # Signals.
+
+    def catch_signals(self) -> None:
+        """SIGTERM and SIGINT save at the end of the step; then the script ends as it would have."""
+        if not self.every or threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                self._previous[number] = signal.signal(number, self._note_signal)
+
+    def _note_signal(self, number: int, frame: Any) -> None:
+        if self.signal is not None or self._step is None:  # the second, or no loop is under way
+            self.pass_on(number)
+        else:
+            self.signal, self._signal_at = number, time.monotonic()
+
+    def overdue(self, now: float) -> bool:
+        """Whether a signal has waited too long for the end of a step."""
+        return self.signal is not None and now - self._signal_at > self.PATIENCE
+
+    def kills(self, number: int) -> bool:
+        return not callable(self._previous.get(number))
+
+    def pass_on(self, number: int) -> None:
+        previous = self._previous.get(number)
+        self.release_signals()
+        if callable(previous):
+            previous(number, None)
+        else:
+            os.kill(os.getpid(), number)
+
+    def end(self, number: int | None) -> None:
+        """Give the signals back, and one that waited to whom it was for."""
+        if self._saver is not None:
+            self._saver.close()
+        if number is not None:
+            self.pass_on(number)
+        self.release_signals()
+
+    def release_signals(self) -> None:
+        previous, self._previous, self.signal = self._previous, {}, None
+        for number, handler in previous.items():
+            with contextlib.suppress(ValueError):  # not the main thread
+                if signal.getsignal(number) == self._note_signal:
+                    signal.signal(number, handler)
+
+
+class _Curve:
+    """The tail of the losses: what a checkpoint keeps of it, and whether a resumed run fits."""
+
+    def __init__(self) -> None:
+        self.losses: deque[tuple[int, float]] = deque(maxlen=200)
+        self.validations: deque[tuple[int, float, Any]] = deque(maxlen=200)
+        self.epoch_losses: dict[Any, float] = {}  # the last validation loss of a resumed epoch
+        self.redone: dict[int, float] = {}  # losses by step, of what a resumed run does again
+        self._before: list[float] = []
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """As of a step; the writer may look when the loop is a little further."""
+        history = [[at, loss] for at, loss in list(self.losses) if at <= step][-100:]
+        seen = [v for v in list(self.validations) if v[0] <= step][-1:]
+        return {"loss_history": history, **({} if not seen else {
+            "val_loss": seen[0][1], "val_step": seen[0][0], "val_epoch": seen[0][2]})}  # fmt: skip
+
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        self.losses.extend((step, float(loss)) for step, loss in state["loss_history"])
+        self._before = [loss for _, loss in self.losses][-20:]
+        if "val_loss" in state:
+            loss, epoch = float(state["val_loss"]), state["val_epoch"]
+            self.validations.append((state["val_step"], loss, epoch))
+            if epoch == state["epoch"]:
+                self.epoch_losses[epoch] = loss
+
+    def note(self, step: int, loss: float) -> None:
+        self.losses.append((step, loss))
+        again = self.redone.pop(step, loss)
+        if again != loss and (again == again or loss == loss):
+            self.redone.clear()
+            _warn_once(f"the resumed run is not bit for bit the one before: at step {step} "
+                       f"the loss is {loss!r}, before the interruption it was {again!r}")
+        if before := self._before:
+            self._before = []
+            if len(before) > 2 and not loss <= 2 * max(before) - min(before):
+                _warn_once(f"the loss jumps at the resume: {loss:.6g} at step {step}, "
+                           f"{before[-1]:.6g} before it")  # fmt: skip
+
+
+def _in_order(values: Mapping[str, Any]) -> Any:
+    """As an assignment takes them: a tuple, of a single one the value itself."""
+    return next(iter(values.values())) if len(values) == 1 else tuple(values.values())
+
+
+def _run_of(checkpoint: Path | None) -> Path | None:
+    """The directory of the run that saved it; None where checkpoints lie elsewhere."""
+    run_dir = checkpoint and checkpoint.resolve().parent.parent
+    return run_dir if run_dir and (run_dir / "config.json").exists() else None
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Each name that both have with another value, or that one of two configurations lacks."""
+    found: list[str] = []
+    for name in now:
+        old, new = then.get(name), now[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences({**dict.fromkeys(new), **old}, {**dict.fromkeys(old), **new})
+        elif old != new:
+            found.append(f"{name} was {old!r}, is {new!r}")
+    return found
+
+
+_KINDS = ("model", "optimizer", "scheduler", "scaler", "loader")
+
+
+class _Place(NamedTuple):
+    """Where in its epoch a checkpoint was made."""
+
+    epoch: Any
+    batches: int
+    left: int  # of the batches, to be passed
+    whole: bool  # nothing of the epoch is left to do
+    rng: dict[str, Any]  # the generators at the checkpoint; under "start", those before the loop
+
+
+def _interval(value: str) -> int:
+    try:
+        return -1 if value == "auto" else max(0, int(value))
+    except ValueError:
+        _warn_once(f"save_interval={value!r} is neither a number of steps nor auto; none is saved")
+        return 0
+
+
+def _bare(thing: Any) -> Any:
+    """The module within torch.compile's and DDP's wrappers: names without their prefixes."""
+    inner = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module",
+             "DataParallel": "module"}  # fmt: skip
+    while name := inner.get(type(thing).__name__):
+        thing = getattr(thing, name)
+    return thing
+
+
+def _like(saved: Any, given: Any) -> Any:
+    """What was carried, its tensors on the device of those that the script gave."""
+    if hasattr(saved, "untyped_storage"):
+        return saved.to(getattr(given, "device", "cpu"))
+    if isinstance(saved, dict):
+        return {k: _like(v, given.get(k) if isinstance(given, dict) else given)
+                for k, v in saved.items()}  # fmt: skip
+    if isinstance(saved, list | tuple):
+        pairs = zip_longest(saved, given[: len(saved)] if isinstance(given, list | tuple) else [])
+        return type(saved)(_like(item, like) for item, like in pairs)
+    return saved
+
+
+def numerics() -> dict[str, Any]:
+    """What decides about the last digits beside the seed: versions, device and flags."""
+    torch = sys.modules["torch"]
+    on_cuda = torch.cuda.is_initialized()
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "device": torch.cuda.get_device_name() if on_cuda else "cpu",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "cudnn_deterministic": torch.backends.cudnn.deterministic,
+        "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "default_dtype": str(torch.get_default_dtype()),
+        "threads": torch.get_num_threads(),
+        "world_size": int(os.environ.get("WORLD_SIZE") or 1),
+    }
+
+
+def find_origin(resume: str, out_dir: Path, name: str, ckpt_dir: str) -> Path | None:
+    """The checkpoint that a run is to go on from: "never", "auto", or a path.
+
+    Of "auto" it is the newest of the run of this name, or, without a name, of the newest run in
+    `out_dir` that has not completed; None where there is none. Raises CheckpointError.
+    """
+    if resume in ("", "never"):
+        return None
+    if resume != "auto":
+        return _checkpoint_at(Path(resume))
+    if ckpt_dir:
+        return latest_ckpt(script_dir() / ckpt_dir)
+    runs = [out_dir / name] if name else _unfinished(out_dir)
+    free = (run / "checkpoints" for run in runs if not alive(run))
+    return next(filter(None, map(latest_ckpt, free)), None)
+
+
+def _checkpoint_at(path: Path) -> Path:
+    if (path / "state.json").exists():
+        if damage := ckpt_damage(path):
+            raise CheckpointError(f"checkpoint {path} is damaged ({damage}); resume from another")
+        return path
+    if found := latest_ckpt(path / "checkpoints") or latest_ckpt(path):
+        return found
+    raise CheckpointError(f"{path} holds no checkpoint; give the directory of a run or of a step")
+
+
+def _unfinished(out_dir: Path) -> list[Path]:
+    """Runs with checkpoints that have not completed, the newest first."""
+    found = []
+    for saved in out_dir.glob("*/checkpoints"):
+        with contextlib.suppress(OSError, ValueError):
+            results = saved.parent / "results.json"
+            ended = json.loads(results.read_bytes())["status"] if results.exists() else "killed"
+            if ended not in ("completed", "superseded"):
+                found.append((saved.stat().st_mtime, saved.parent))
+    return [run for _, run in sorted(found, reverse=True)]
+
+
+def cut_journal(run_dir: Path, step: int, epoch: int | None) -> dict[int, float]:
+    """Take out what came after `step`, for it will come again; returns the losses taken out."""
+    losses = {}
+    for shard in _shards(run_dir):
+        kept = []
+        for line in shard.read_text(encoding="utf-8").splitlines(keepends=True):
+            record = json.loads(line)
+            tags = record["tags"]
+            again = record["step"] > step or (epoch is not None and tags.get("epoch", -1) >= epoch)
+            if tags["phase"] == "event" or not again:
+                kept.append(line)
+            elif "loss/train" in record["metrics"]:
+                losses[record["step"]] = float(record["metrics"]["loss/train"])
+        _replace_file(shard, "".join(kept))
+    return losses
+
+
+# --- Checkpoints: on disk -------------------------------------------------------------------------
+
+
+class CheckpointStore:
+    """Step directories under one directory: `commit` adds one, whole or not at all."""
+
+    def __init__(self, directory: str | Path, *, keep_last: int = 3) -> None:
+        self.directory, self.keep_last = Path(directory), max(1, keep_last)
+        self.resumed_from: Path | None = None  # never deleted by this run
+        _make_dirs(self.directory)
+        for left in self.directory.glob(".tmp-*"):  # of killed processes; a live one holds its lock
+            with contextlib.suppress(OSError), _locked(left):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def path(self, step: int) -> Path:
+        return self.directory / f"step_{step:08d}"
+
+    def commit(self, step: int, files: Mapping[str, Any], state: Mapping[str, Any]) -> Path:
+        """Write `files` and `state.json` as `step_…`; when this returns, a power cut keeps them.
+
+        A file is bytes, or a tree for torch.save. Raises OSError with nothing left behind and
+        every older checkpoint as it was.
+        """
+        final = self.path(step)
+        staging = self._hidden(final)
+        staging.mkdir()
+        try:
+            with _locked(staging):
+                sums = {name: _write(staging / name, content) for name, content in files.items()}
+                sequence = 1 + max((s["sequence"] for _, s in checkpoints(self.directory) if s),
+                                   default=0)  # fmt: skip
+                sealed = _seal({**state, "sequence": sequence, "files": sums})
+                _write(staging / "state.json", sealed)
+                _sync_dir(staging)
+                self._remove(final)  # of a history that a resume from further back gave up
+                os.rename(staging, final)
+                _sync_dir(self.directory)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        self._retain()
+        return final
+
+    def _retain(self) -> None:
+        newest_first = [path for path, state in checkpoints(self.directory) if state]
+        keep = {*newest_first[: self.keep_last], self.resumed_from, best_ckpt(self.directory)}
+        for path in set(newest_first) - keep:
+            with contextlib.suppress(OSError):  # the new one is saved all the same
+                self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        # Renamed first: a kill in the middle must not leave half a checkpoint under a good name.
+        doomed = self._hidden(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    @staticmethod
+    def _hidden(path: Path) -> Path:
+        return path.with_name(f".tmp-{path.name}-{os.getpid()}-{time.time_ns()}")
+
+
+def checkpoints(directory: str | Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Each step directory and its state, the latest commit first: a clock can be wrong.
+
+    The state of an unreadable one is empty, and it comes first, for it may be the newest.
+    """
+    found: list[tuple[Path, dict[str, Any]]] = []
+    for path in Path(directory).glob("step_[0-9]*"):
+        try:
+            found.append((path, read_state(path)))
+        except (OSError, CheckpointError):
+            found.append((path, {}))
+    return sorted(found, key=lambda f: (f[1].get("sequence", math.inf), f[0].name), reverse=True)
+
+
+def latest_ckpt(directory: str | Path, *, warn: Callable[[str], Any] = _warn_once) -> Path | None:
+    """The newest checkpoint whose every byte checks; None where none was ever saved.
+
+    A damaged one is set aside as `.corrupt-…` and the next older one is taken. Raises
+    CheckpointError when there were checkpoints and not one is good: a run must not silently
+    start at step 0 over them.
+    """
+    directory = Path(directory)
+    for path, _ in checkpoints(directory):
+        damage = ckpt_damage(path)
+        if damage is None:
+            return path
+        aside = path.with_name(f".corrupt-{path.name}-{time.time_ns()}")
+        with contextlib.suppress(OSError):  # a read-only disk, or another process was first
+            os.rename(path, aside)
+        warn(f"checkpoint {path} is damaged ({damage}); set aside as {aside.name}, "
+             "the next older one is taken")  # fmt: skip
+    if bad := sorted(p.name for p in directory.glob("*step_[0-9]*") if p.name[:5] != ".tmp-"):
+        raise CheckpointError(
+            f"no checkpoint in {directory} is whole: {', '.join(bad)}; "
+            "restore one from a backup, or delete them to start again at step 0")
+    return None
+
+
+def best_ckpt(directory: str | Path) -> Path | None:
+    """The checkpoint with the lowest `val_loss` in its state.json; None where none has one."""
+    losses = [(state.get("val_loss"), path) for path, state in checkpoints(directory)]
+    known = [(loss, path) for loss, path in losses if isinstance(loss, float) and loss == loss]
+    return min(known)[1] if known else None
+
+
+def is_valid_ckpt(path: str | Path) -> bool:
+    """Whether every file has the size and the checksum that were written. Needs no torch."""
+    return ckpt_damage(path) is None
+
+
+def ckpt_damage(path: str | Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None when every byte checks."""
+    path = Path(path)
+    try:
+        files = read_state(path)["files"]
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor() as pool:
+            sums = pool.map(_sum_file, [path / name for name in files])
+            bad = [name for name, found in zip(files, sums, strict=True) if found != files[name]]
+    except (OSError, CheckpointError) as error:
+        return str(error)
+    return f"{', '.join(bad)} is not what was written" if bad else None
+
+
+def publish_weights(checkpoint: Path, target: Path) -> None:
+    """Put a checkpoint's model.pth at `target` as well, whole or not at all."""
+    _make_dirs(target.parent)
+    staging = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    staging.unlink(missing_ok=True)
+    try:
+        os.link(checkpoint / "model.pth", staging)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(checkpoint / "model.pth", staging)
+    os.replace(staging, target)
+    _sync_dir(target.parent)
+
+
+_SEAL = ',\n "self_crc32": "{:08x}"\n}}\n'  # ends state.json; the sum is of all bytes before it
+
+
+def _seal(state: Mapping[str, Any]) -> bytes:
+    body = json.dumps(state, indent=1, default=str).removesuffix("\n}").encode()
+    return body + _SEAL.format(zlib.crc32(body)).encode()
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """state.json of a checkpoint, its own checksum verified. Raises CheckpointError, OSError."""
+    data = (Path(path) / "state.json").read_bytes()
+    body = data[: -len(_SEAL.format(0))]
+    if data != body + _SEAL.format(zlib.crc32(body)).encode():
+        raise CheckpointError(f"{path}/state.json is not what was written")
+    state: dict[str, Any] = json.loads(data)
+    return state
+
+
+_CHUNK = 4 << 20  # bytes for one checksum or write: each lets go of the GIL for about a millisecond
+
+
+class _Summed(io.RawIOBase):
+    """A file that sums what is written to it.
+
+    CRC-32: with the size it catches every burst of up to 32 flipped bits, and all else but one
+    case in 2^32, at twice the speed of SHA-256. What guards against malice is `weights_only`.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd, self.size, self.crc = fd, 0, 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        piece = memoryview(data)[:_CHUNK]
+        self.crc = zlib.crc32(piece, self.crc)
+        self.size += _write_all(self._fd, piece)
+        return len(piece)
+
+
+def _write(path: Path, content: Any) -> dict[str, Any]:
+    """Create `path`, durably, and return its entry in state.json."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        raw = _Summed(fd)
+        # torch.save writes five scraps for each tensor, and each would hand the GIL to and fro.
+        with io.BufferedWriter(raw, 1 << 20) as out:
+            if isinstance(content, bytes):
+                out.write(content)
+            else:
+                _reserve(fd, sum(size for _, size in set(map(_key, _tensors(content)))))
+                _torch().save(content, out)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return {"size": raw.size, "crc32": f"{raw.crc:08x}"}
+
+
+def _reserve(fd: int, size: int) -> None:
+    """A full disk says so at once, before it is filled to the last byte for everyone."""
+    try:
+        if size:
+            os.posix_fallocate(fd, 0, size)
+    except (AttributeError, OSError) as error:  # many a file system or system cannot: no harm
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
+
+
+def _sum_file(path: Path) -> dict[str, Any]:
+    size = crc = 0
+    buffer = memoryview(bytearray(_CHUNK))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            crc = zlib.crc32(buffer[:count], crc)
+            size += count
+    return {"size": size, "crc32": f"{crc:08x}"}
+
+
+# --- Checkpoints: what they hold ------------------------------------------------------------------
+
+
+def capture(
+    models: Sequence[Any], optimizers: Sequence[Any] = (), schedulers: Sequence[Any] = (),
+    scalers: Sequence[Any] = (), **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """What to save, by file name, still referring to the live tensors. `more` joins the RNG file.
+
+    One model is its plain `state_dict()`; several are a dict with the keys "0", "1", ….
+    """
+    weights = {str(index): model.state_dict() for index, model in enumerate(models)}
+    rest = {
+        "optimizer": [optimizer.state_dict() for optimizer in optimizers],
+        "scheduler": [scheduler.state_dict() for scheduler in schedulers],
+        "scaler": [_scaler_state(scaler) for scaler in scalers],
+    }
+    return {
+        "model.pth": weights["0"] if len(models) == 1 else weights,
+        "optimizer.pt": rest,
+        "rng_state.pt": {**rng_state(), **more},
+    }
+
+
+def restore(
+    path: str | Path, models: Sequence[Any], optimizers: Sequence[Any] = (),
+    schedulers: Sequence[Any] = (), scalers: Sequence[Any] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Load a checkpoint into the given objects; return what rng_state.pt holds, not yet set.
+
+    Raises CheckpointError that lists the names, before anything is changed, for another model.
+    """
+    weights = load_file(path, "model.pth", mmap=True)  # load_state_dict copies out of the file
+    weights = [weights] if len(models) == 1 else list(weights.values())
+    rest = load_file(path, "optimizer.pt")  # not mapped: optimizers keep the tensors they are given
+    rng: dict[str, Any] = load_file(path, "rng_state.pt")
+    pairs = [(models, weights), (optimizers, rest["optimizer"]),
+             (schedulers, rest["scheduler"]), (scalers, rest["scaler"])]  # fmt: skip
+    if [len(things) for things, _ in pairs] != [len(states) for _, states in pairs]:
+        raise CheckpointError(
+            f"{path} has {[len(states) for _, states in pairs]} models, optimizers, schedulers and "
+            f"scalers, watch() was given {[len(things) for things, _ in pairs]}; watch the same")
+    for model, state in zip(models, weights, strict=True):
+        _check_names(model.state_dict(), state, path)
+    for things, states in pairs:
+        for thing, state in zip(things, states, strict=True):
+            thing.load_state_dict(state)
+    return rng
+
+
+def load_file(path: str | Path, name: str, *, mmap: bool = False) -> Any:
+    """One file of a checkpoint on the CPU. Data only: a pickle that would run code is refused."""
+    file = Path(path) / name
+    try:
+        return _load(file, mmap)
+    except Exception as error:  # unpickling raises whatever the bytes make it raise
+        raise CheckpointError(f"cannot load {file}: {error}") from error
+
+
+def _load(file: Any, mmap: bool = False) -> Any:
+    torch = _torch()
+    with torch.serialization.safe_globals(_numpy_types()):
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def _check_loads(tree: Any) -> None:
+    """Raise now what a resume would raise, by way of the tree without its tensors' bytes."""
+    torch = _torch()
+    file = io.BytesIO()
+    torch.save(_map(tree, lambda tensor: torch.empty(0)), file)
+    file.seek(0)
+    _load(file)
+
+
+def _numpy_types() -> list[Any]:
+    """What pickled numbers and arrays of numpy are made of: a learning rate is often one."""
+    if (numpy := sys.modules.get("numpy")) is None:
+        return []
+    makers = [numpy.float64(0).__reduce__()[0], numpy.zeros(0).__reduce__()[0]]
+    kinds = {type(numpy.dtype(code)) for code in "?bhilqBHILQefdgFD"}
+    return [*makers, *kinds, numpy.dtype, numpy.ndarray]
+
+
+def _check_names(own: Mapping[str, Any], saved: Mapping[str, Any], path: str | Path) -> None:
+    shapes = [{name: tuple(getattr(value, "shape", ())) for name, value in tree.items()}
+              for tree in (saved, own)]  # fmt: skip
+    there, here = shapes
+    both = sorted(there.keys() & here.keys())
+    wrong = {
+        "missing": sorted(here.keys() - there.keys()),
+        "unexpected": sorted(there.keys() - here.keys()),
+        "mis-shaped (saved, here)":
+            [f"{n} {there[n]}, {here[n]}" for n in both if there[n] != here[n]],
+    }  # fmt: skip
+    found = [f"{kind}: {', '.join(names)}" for kind, names in wrong.items() if names]
+    if found:
+        raise CheckpointError(f"{path} is of a different model; {'; '.join(found)}")
+
+
+def rng_state() -> dict[str, Any]:
+    """Every generator a loop draws from, in types that `weights_only` loads. Draws nothing."""
+    torch = _torch()
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if numpy := sys.modules.get("numpy"):
+        kind, keys, *rest = numpy.random.get_state()
+        state["numpy"] = (kind, keys.tolist(), *rest)
+    if torch.cuda.is_initialized():  # the host's record of seed and offset: no wait for the device
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    torch = _torch()
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if "numpy" in state and (numpy := sys.modules.get("numpy")):
+        numpy.random.set_state(state["numpy"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _scaler_state(scaler: Any) -> dict[str, Any]:
+    """GradScaler.state_dict() without its two `.item()`, each of which waits for the device."""
+    scale, tracker = getattr(scaler, "_scale", None), getattr(scaler, "_growth_tracker", None)
+    if scale is None or tracker is None or not scale.is_cuda:
+        return dict(scaler.state_dict())
+    return {
+        "scale": scale, "_growth_tracker": tracker,
+        "growth_factor": scaler.get_growth_factor(),
+        "backoff_factor": scaler.get_backoff_factor(),
+        "growth_interval": scaler.get_growth_interval(),
+    }  # fmt: skip
+
+
+# --- Checkpoints: saving behind the loop ----------------------------------------------------------
+
+
+class Saver:
+    """Takes a snapshot in the loop and writes it behind the loop's back, one at a time.
+
+    Nothing here raises into the loop: a failed save goes to `warn`, and older ones stay.
+    """
+
+    def __init__(
+        self, store: CheckpointStore, optimizers: Sequence[Any] = (), *,
+        warn: Callable[[str], Any] = _warn_once,
+        on_saved: Callable[[Path], None] = lambda path: None,
+    ) -> None:  # fmt: skip
+        self.store, self._warn, self._on_saved = store, warn, on_saved
+        self._optimizers = [o for o in optimizers if hasattr(o, "register_step_pre_hook")]
+        self.skipped = self.failed = 0  # skipped: came while another one was being written
+        self._arena: _Arena | None = None
+        self._thread: threading.Thread | None = None
+        self._last_step: int | None = None
+        self._checked = False
+        self.write_s = 0.0  # processor time of the latest write
+        hooked = (o.register_step_pre_hook(self._hold_step) for o in self._optimizers)
+        self._hooks = list(hooked)
+
+    def prepare(self, parts: Mapping[str, Any]) -> None:
+        """Reserve the memory for this state in the background: up to seconds for 4 GB on a GPU."""
+        if not self.busy():
+            tensors = _snapshot(parts)[1]
+            self._start(lambda: self._fit(tensors), "cannot reserve memory for checkpoints")
+
+    def save(
+        self, step: int, parts: Mapping[str, Any], state: Any, *, wait: bool = False,
+        hurry: bool = False,
+    ) -> bool:  # fmt: skip
+        """Snapshot `parts` now, write behind; False when skipped, failed or saved already.
+
+        With `wait` it waits for the save in flight and for its own; without, it is skipped while
+        one is in flight. `state` may be a function, and is then called by the writer.
+        """
+        if wait:
+            self.wait()
+        if self.busy():
+            self.skipped += 1
+            return False
+        if step == self._last_step or self.store.path(step) == self.store.resumed_from:
+            return False
+        complaint = f"step {step} was not saved"
+        try:
+            snapshot, tensors = _snapshot(parts)
+            arena = self._fit(tensors)
+            arena.fill()
+        except Exception as error:  # a stranger's state, or no memory: the training goes on
+            self._arena = None
+            self._fail(complaint, error)
+            return False
+        self._last_step = step
+        job = functools.partial(self._write, step, snapshot, arena, state)
+        self._start(job, complaint, hurry=wait or hurry)
+        if wait:
+            self.wait()
+        return True
+
+    def close(self) -> None:
+        """Leave nothing in the optimizers."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Until what is in flight is durable or has failed; False when the time ran out."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+        return not self.busy()
+
+    def _fit(self, tensors: Sequence[Any]) -> _Arena:
+        if self._arena is None or not self._arena.fits(tensors):
+            self._arena = None  # first, so that the two never exist together
+            self._arena = _Arena(tensors, _changed_by_step(self._optimizers))
+        return self._arena
+
+    def _hold_step(self, *_: Any) -> None:
+        if self._arena is not None:
+            self._arena.hold_step()
+
+    def _write(
+        self, step: int, snapshot: Mapping[str, Any], arena: _Arena, state: Any
+    ) -> None:
+        files = arena.on_host(snapshot)
+        if not self._checked:  # once: what a resume would refuse must not pass for saved
+            _check_loads(files)
+            self._checked = True
+        state = {"global_step": step, **(state() if callable(state) else state)}
+        self._on_saved(self.store.commit(step, files, state))
+
+    def _start(self, job: Callable[[], Any], complaint: str, *, hurry: bool = False) -> None:
+        def run() -> None:
+            if not hurry and sys.platform == "linux":  # where niceness is a thread's own
+                # The writer takes what time the loop leaves.
+                with contextlib.suppress(OSError):
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            began = time.thread_time()
+            try:
+                job()
+                self.write_s = time.thread_time() - began
+            except Exception as error:  # disk, memory, a stranger's state: never the training's
+                self._fail(complaint, error)
+
+        # A daemon: a disk that hangs must not hold up the end of the script; `wait` is for that.
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _fail(self, complaint: str, error: Exception) -> None:
+        self.failed += 1
+        self._last_step = None
+        self._warn(f"{complaint}: {error}; earlier checkpoints in {self.store.directory} "
+                   "are untouched, the training goes on")  # fmt: skip
+
+
+_Key = tuple[int, int]  # of a storage: address, bytes
+_Copies = tuple[list[Any], list[Any]]  # to, of
+
+
+class _Arena:
+    """Host memory with a place for each storage of a state, and the copies that fill it.
+
+    Storages, not tensors: so tied weights stay tied, and every view, stride and 0-d number comes
+    back as it was. Where a CUDA device has room, its state is first copied there (a millisecond
+    for gigabytes) and leaves in one transfer beside the next steps; where it has none, each storage
+    leaves on its own, and the optimizer's next step waits for them on the device.
+    """
+
+    def __init__(self, tensors: Sequence[Any], late: set[_Key]) -> None:
+        self._known = {t.data_ptr() for t in tensors}
+        self._on_host: list[tuple[int, int, int]] = []  # to, of, bytes
+        self._now: list[_Copies] = []  # in the order of the loop's own stream
+        self._behind: list[tuple[Any, list[_Copies]]] = []  # on a stream of their own
+        self._arrivals: list[Any] = []  # CUDA events
+        self._pending: list[Any] = []  # those that the optimizer's next step has to wait for
+        self.overlaps = False
+        # These storages stay alive with us, so an address cannot come to mean another tensor.
+        storages = {_key(t): t.untyped_storage() for t in tensors}
+        groups: dict[Any, dict[_Key, Any]] = {}
+        for key, storage in storages.items():
+            groups.setdefault(storage.device, {})[key] = storage
+        keys = [key for group in groups.values() for key in group]
+        sizes = [-(-size // 64) * 64 for _, size in keys]
+        starts = accumulate(sizes, initial=0)
+        self._offsets = dict(zip(keys, starts, strict=False))
+        self.memory = _host_memory(sum(sizes))
+        for device, group in groups.items():
+            if device.type == "cuda":
+                self._plan_cuda(device, group, late)
+            else:
+                self._on_host += self._pieces(group)
+
+    def fits(self, tensors: Sequence[Any]) -> bool:
+        return {t.data_ptr() for t in tensors} == self._known
+
+    def fill(self) -> None:
+        """Copy the state as it is now, in the order of the loop's streams. Never waits for one."""
+        torch = _torch()
+        _copy_memory(self._on_host, torch.get_num_threads())
+        for to, of in self._now:
+            torch._foreach_copy_(to, of, non_blocking=True)
+        arrivals = []
+        for side, copies in self._behind:
+            loop = torch.cuda.current_stream(side.device)
+            arrivals.append(loop.record_event())
+            side.wait_stream(loop)
+            with torch.cuda.stream(side):
+                for to, of in copies:
+                    torch._foreach_copy_(to, of, non_blocking=True)
+                arrivals.append(side.record_event())
+        self._arrivals = arrivals
+        self._pending = list(arrivals) if self.overlaps else []
+
+    def hold_step(self) -> None:
+        """Let the device, not the host, wait before the state changes under a copy."""
+        pending, self._pending = self._pending, []
+        for event in pending:
+            _torch().cuda.current_stream(event.device).wait_event(event)
+
+    def on_host(self, snapshot: Any) -> Any:
+        """The snapshot with the copies in its tensors' places, once they have all arrived."""
+        torch = _torch()
+        while not all(event.query() for event in self._arrivals):
+            time.sleep(0.001)  # polled, as a waiting thread would hold the GIL
+        memory = self.memory.untyped_storage()
+        # Each on a storage of its own: torch.save writes storages whole.
+        own = {key: memory[at : at + key[1]] for key, at in self._offsets.items()}
+
+        def copy_of(t: Any) -> Any:
+            if t.data_ptr() not in self._known:
+                return t.cpu()
+            like = torch.empty(0, dtype=t.dtype)
+            return like.set_(own[_key(t)], t.storage_offset(), t.shape, t.stride())
+
+        return _map(snapshot, copy_of)
+
+    def _plan_cuda(self, device: Any, storages: Mapping[_Key, Any], late: set[_Key]) -> None:
+        torch = _torch()
+        self._pin()
+        first = min(self._offsets[key] for key in storages)
+        size = max(self._offsets[key] + key[1] for key in storages) - first
+        side = torch.cuda.Stream(device)
+        free, total = torch.cuda.mem_get_info(device)
+        if free - size > total // 10:  # what is left must do for the largest step still to come
+            staging = torch.empty(size, dtype=torch.uint8, device=device)
+            self._now += self._copies(storages, staging, first)
+            self._behind.append((side, [([self.memory[first : first + size]], [staging])]))
+            return
+        # Parameters and their statistics rest until the next step; buffers and batches do not.
+        self.overlaps = True
+        early = {key: storage for key, storage in storages.items() if key not in late}
+        rest = {key: storage for key, storage in storages.items() if key in late}
+        self._now += self._copies(early, self.memory, 0)
+        self._behind.append((side, self._copies(rest, self.memory, 0)))
+
+    def _pin(self) -> None:
+        """Page-lock the memory in place: `pin_memory` would round its size up to a power of two."""
+        cuda, address = _torch().cuda.cudart(), self.memory.data_ptr()
+        # Where the limit on locked memory refuses, the copies still work, only slower.
+        if int(cuda.cudaHostRegister(address, self.memory.numel(), 1)) == 0:
+            weakref.finalize(self, cuda.cudaHostUnregister, address).atexit = False
+
+    def _pieces(self, storages: Iterable[_Key]) -> Iterator[tuple[int, int, int]]:
+        for of, size in storages:
+            to = self.memory.data_ptr() + self._offsets[of, size]
+            for at in range(0, size, _CHUNK):
+                yield to + at, of + at, min(_CHUNK, size - at)
+
+    def _copies(self, storages: Mapping[_Key, Any], base: Any, shift: int) -> list[_Copies]:
+        """Pairs of equal lists, one call each. As integers: no bit of a NaN changes on the way."""
+        torch = _torch()
+        groups: dict[Any, _Copies] = {}
+        for key, storage in storages.items():
+            at = self._offsets[key] - shift
+            word = torch.uint8 if key[1] % 8 or key[0] % 8 else torch.int64
+            of = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+            to_all, of_all = groups.setdefault(word, ([], []))
+            to_all.append(base[at : at + key[1]].view(word))
+            of_all.append(of.view(word))
+        return list(groups.values())
+
+
+def _host_memory(size: int) -> Any:
+    """Bytes of memory that is already resident, so that the first save takes no page faults."""
+    block = mmap.mmap(-1, max(size, 8), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # DONTFORK: a data loader's worker would make every page of it copy-on-write.
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        with contextlib.suppress(OSError, AttributeError):
+            block.madvise(getattr(mmap, advice))
+    memory = _torch().frombuffer(block, dtype=_torch().uint8)
+    ctypes.memset(memory.data_ptr(), 0, size)  # lets go of the GIL
+    return memory
+
+
+def _copy_memory(pieces: Sequence[tuple[int, int, int]], workers: int) -> None:
+    """memcpy by a few threads, which meet once: where cores are busy, torch's own threads would
+    wait for each other at every tensor (a fifth of the speed with two busy cores)."""
+    work = iter(pieces)
+
+    def run() -> None:
+        for to, of, count in work:
+            ctypes.memmove(to, of, count)
+
+    total = sum(count for _, _, count in pieces)
+    helpers = [threading.Thread(target=run) for _ in range(min(workers, total >> 24, 8) - 1)]
+    for helper in helpers:
+        helper.start()
+    run()
+    for helper in helpers:
+        helper.join()
+
+
+def _snapshot(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """A copy of the parts, and those tensors in it that are still the live ones.
+
+    Live are models and optimizers, which an arena copies as a whole; what is new at every save
+    (RNG states, carried batches) or of an unusual kind is copied here and now.
+    """
+    torch = _torch()
+    plain, live = {torch.Tensor, torch.nn.Parameter}, []
+
+    def take(t: Any) -> Any:
+        if type(t) not in plain or t.layout is not torch.strided or not (t.is_cuda or t.is_cpu):
+            return t.detach().cpu().clone()  # may wait, and is rare
+        if not t.numel():
+            return t.detach()
+        live.append(t)
+        return t
+
+    small = _map(parts.get("rng_state.pt"), lambda t: t.detach().clone())
+    big = {name: _map(part, take) for name, part in parts.items() if name != "rng_state.pt"}
+    return big if small is None else {**big, "rng_state.pt": small}, live
+
+
+def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy of the tree, with its tensors changed and nothing shared that could change later."""
+    kind = type(tree)
+    if kind is dict:
+        return {key: _map(value, change) for key, value in tree.items()}
+    if kind is list or kind is tuple:
+        if tree and all(type(item) is int for item in tree):  # a generator's state: thousands
+            return kind(tree)
+        return kind(_map(item, change) for item in tree)
+    if kind in (int, float, bool, str, bytes, type(None)):
+        return tree
+    if isinstance(tree, _torch().Tensor):
+        return change(tree)
+    twin = copy.copy(tree) if isinstance(tree, dict) else copy.deepcopy(tree)
+    if isinstance(tree, dict):  # keeps its kind, and the `_metadata` of a state_dict
+        twin.update((key, _map(value, change)) for key, value in tree.items())
+    return twin
+
+
+def _tensors(tree: Any) -> list[Any]:
+    found: list[Any] = []
+    _map(tree, found.append)
+    return found
+
+
+def _changed_by_step(optimizers: Sequence[Any]) -> set[_Key]:
+    """The storages that nothing but an optimizer's step changes."""
+    groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
+    states = [dict(optimizer.state) for optimizer in optimizers]
+    return {_key(tensor) for tensor in _tensors([groups, [list(s.values()) for s in states]])}
+
+
+def _key(tensor: Any) -> _Key:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
 
 
 # --- Facts about the run --------------------------------------------------------------------------
@@ -1049,7 +2340,7 @@ def _append_to(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
 
-def _write_all(fd: int, data: bytes) -> int:
+def _write_all(fd: int, data: Any) -> int:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
@@ -1065,11 +2356,41 @@ def _replace_file(path: Path, text: str) -> None:
 
 def _lock_file(fd: int) -> bool:
     """Whether the file is ours alone now; a lock that ends with the process."""
-    with contextlib.suppress(OSError):
+    try:
         if fcntl is not None:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+def _sync_dir(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _make_dirs(path: Path) -> None:
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for created in missing:  # or a power cut takes the whole new tree, however synced its files
+        _sync_dir(created.parent)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that dies with its process. Raises BlockingIOError where another one lives."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        if not _lock_file(handle):
+            raise BlockingIOError(f"{path} is in use by another process")
+        yield
+    finally:
+        os.close(handle)
 
 
 def _sha256(path: Path) -> str:
@@ -1089,6 +2410,13 @@ def _strict(value: Any) -> Any:
     return value
 
 
+def _torch() -> Any:
+    """Imported by what needs it: the commands that only read a run do without."""
+    import torch
+
+    return torch
+
+
 def _several(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
@@ -1096,8 +2424,6 @@ def _several(value: Any) -> list[Any]:
 @contextlib.contextmanager
 def _generators_untouched() -> Iterator[None]:
     """Python's and numpy's random state stay, whatever a stranger's package draws."""
-    import random
-
     numpy = sys.modules.get("numpy")
     state, numpy_state = random.getstate(), numpy and numpy.random.get_state()
     try:
@@ -1151,10 +2477,13 @@ def _journal(run_dir: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def repair(run_dir: Path) -> None:
-    """Make a killed run's journal whole: cut a torn last line, append what its ring still holds."""
+def repair(run_dir: Path) -> int:
+    """Make a killed run's journal whole: cut a torn last line, append what its ring still holds.
+
+    Returns the number of its last record; 0 for a living run, which is left alone.
+    """
     if alive(run_dir):
-        return
+        return 0
     written = max((record["seq"] for record in _journal(run_dir)), default=0)
     last = _shards(run_dir)[-1]
     os.truncate(last, last.read_bytes().rfind(b"\n") + 1)
@@ -1163,6 +2492,7 @@ def repair(run_dir: Path) -> None:
     _write_all(fd, "".join([record.line() for record in left]).encode())
     os.close(fd)
     (run_dir / "metrics.ring").unlink(missing_ok=True)
+    return left[-1].seq if left else written
 
 
 def alive(run_dir: Path) -> bool:
@@ -1183,8 +2513,7 @@ def rebuild(run_dir: Path) -> Path:
         raise RunError(f"{run_dir} is still being written; rebuild it when the run has ended")
     repair(run_dir)
     records = list(read_run(run_dir))
-    header = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-    directory = Path(run_dir / header["tb_dir"]).resolve()
+    directory = _tb_dir(run_dir)
     for old in directory.glob("events.out.tfevents.*.obs"):
         old.unlink()  # first: the new file may get the name of an old one
     sink = TensorBoard(directory)
@@ -1196,6 +2525,11 @@ def rebuild(run_dir: Path) -> Path:
         sink.write([Record(form, record["seq"], record["time"], record["step"], values)])
     sink.close()
     return directory
+
+
+def _tb_dir(run_dir: Path) -> Path:
+    header = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    return Path(run_dir / header["tb_dir"]).resolve()
 
 
 def summary(run_dir: Path) -> dict[str, Any]:
@@ -1225,6 +2559,60 @@ def summary(run_dir: Path) -> dict[str, Any]:
         "wall_s": times[-1] - times[0] if times else 0.0,
         "rss_mb": last["system/rss_bytes"] / 1e6 if "system/rss_bytes" in last else None,
     }
+
+
+def verify(run_dir: Path) -> dict[str, Any]:
+    """What was checked, and a line for each damage: checkpoints, journal, event files."""
+    saved = [path for path, _ in checkpoints(run_dir / "checkpoints")]
+    damage = [f"{path}: {found}" for path in saved if (found := ckpt_damage(path))]
+    damage += [str(path) for path in (run_dir / "checkpoints").glob(".corrupt-*")]
+    records, torn = _check_journal(run_dir)
+    damage += torn
+    events = sorted(_tb_dir(run_dir).glob("events.out.tfevents.*.obs"))
+    damage += [f"{path}: {found}" for path in events if (found := _event_damage(path))]
+    checked = f"{len(saved)} checkpoints, {records} records, {len(events)} event files"
+    return {"run": str(run_dir), "checked": checked, "damage": damage}
+
+
+def _check_journal(run_dir: Path) -> tuple[int, list[str]]:
+    """How many records there are, and what is wrong with them.
+
+    A torn last line is a kill's, and its record is in the ring. Numbers have gaps only where a
+    resume took records out.
+    """
+    shards, records, damage = _shards(run_dir), 0, []
+    for shard in shards:
+        *lines, rest = shard.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            try:
+                json.loads(line)["seq"]
+                records += 1
+            except (ValueError, TypeError, KeyError):
+                damage.append(f"{shard}, line {number}: no record")
+        if rest and not (run_dir / "metrics.ring").exists():
+            damage.append(f"{shard}: its last line is torn")
+    if damage:
+        return records, damage
+    read = list(read_run(run_dir))
+    gaps = [(a["seq"], b["seq"]) for a, b in pairwise(read) if b["seq"] != a["seq"] + 1]
+    resumed = any(record["tags"].get("event") == "resume" for record in read)
+    damage = [f"{run_dir}: record {b} follows {a}" for a, b in gaps if b <= a or not resumed]
+    return len(read), damage
+
+
+def _event_damage(path: Path) -> str | None:
+    """What is wrong with an event file; a torn last event is a kill's, and harms no reader."""
+    data, at = path.read_bytes(), 0
+    while at + 12 <= len(data):
+        (length,) = struct.unpack_from("<Q", data, at)
+        if _masked(_crc(data[at : at + 8])) != data[at + 8 : at + 12]:
+            return f"the length at byte {at} is not what was written"
+        body = data[at + 12 : at + 12 + length]
+        crc = data[at + 12 + length : at + 16 + length]
+        if len(crc) == 4 and crc != _masked(_crc(body)):
+            return f"the event at byte {at} is not what was written"
+        at += 16 + length
+    return None
 
 
 # --- Parity ---------------------------------------------------------------------------------------
@@ -1357,6 +2745,9 @@ def _parser() -> Any:
                        f"else {TOLERANCE} and {TOLERANCE_LAST} on the last")  # fmt: skip
     added.add_argument("--exact", action="store_true", help="bit for bit")
     added.add_argument("--json", action="store_true")
+    added = command(_cmd_verify, "check every byte of a run that has a checksum")
+    added.add_argument("run", type=Path, metavar="RUN")
+    added.add_argument("--json", action="store_true")
     added = command(_cmd_rebuild, "write a run's TensorBoard events anew from its journal")
     added.add_argument("run", type=Path, metavar="RUN")
     added = command(_cmd_tb, "start TensorBoard on this machine's loopback")
@@ -1397,6 +2788,15 @@ def _cmd_parity(options: Any) -> int:
     result = parity(log, baseline, tolerance, last)
     print(json.dumps(_strict(result)) if options.json else f"{options.log} {_sentence(result)}")
     return {"match": 0, "another dataset": 2}.get(result["verdict"], 1)
+
+
+def _cmd_verify(options: Any) -> int:
+    found = verify(options.run)
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        print("\n".join([*found["damage"], f"{options.run}: {found['checked']}"]))
+    return 1 if found["damage"] else 0
 
 
 def _cmd_rebuild(options: Any) -> int:

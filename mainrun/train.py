@@ -108,10 +108,12 @@ def main(args: Hyperparameters | None = None) -> GPT:
 
     ptr = 0
     step = 0
+    ptr, step = obs.resume(ptr=ptr, step=step)  # observability
     t0 = time.time()
     for epoch in range(1, args.epochs + 1):
         if obs.skip_epoch(epoch): continue  # observability
         for _ in tqdm(range(1, batches + 1), desc=f"epoch {epoch}/{args.epochs}"):
+            if obs.skip_batch(): continue  # observability
             step += 1
             xb, yb, ptr = next_batch(train_ids, ptr, args)
             logits = model(xb)
@@ -128,7 +130,7 @@ def main(args: Hyperparameters | None = None) -> GPT:
                 log_step("validation_step", step, val_loss)
                 tqdm.write(f"step {step:4d}/{max_steps}  val {val_loss:.6f}")
                 obs.validation(val_loss)  # observability
-            obs.step(step, loss=loss, tokens=xb.numel())  # observability
+            obs.step(step, loss=loss, tokens=xb.numel(), carry={"ptr": ptr, "step": step})  # observability
     obs.finish()  # observability
     return model
 

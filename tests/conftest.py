@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import multiprocessing.forkserver
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -62,3 +65,13 @@ def python(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
     """This Python with the arguments, its output captured."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def forks() -> Any:
+    """A context whose processes fork from one that has torch already: they start at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "observability"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        multiprocessing.forkserver.ensure_running()
+    return context

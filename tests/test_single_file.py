@@ -137,7 +137,7 @@ def test_the_patch_is_the_marked_lines_and_removes_none():
     marked = [line for line in (MAINRUN / "train.py").open() if line.endswith(MARK)]
     lines = PATCH.read_text().splitlines(keepends=True)[2:]
     assert [line[1:] for line in lines if line.startswith("+")] == marked
-    assert len(marked) == 7
+    assert len(marked) == 9
     assert [line for line in lines if line.startswith("-")] == []
 
 
