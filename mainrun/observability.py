@@ -18,8 +18,10 @@ What a run leaves behind, beside the script:
         metrics.ndjson                   every record, a line each; everything else follows from it
         config.json  run_manifest.json   what was run, on what
         training.log  results.json       evaluations and events; how it ended
+        checkpoints/step_00000123/       what a resume needs, where saving is on
+        plots/latest.png                 the curves, where matplotlib is installed
 
-    python observability.py summarize|verify|parity|rebuild|tb --help
+    python observability.py summarize|verify|plot|parity|rebuild|tb --help
 
 What it promises: it draws no random number, reads no batch, runs no forward, sets no flag and never
 waits for the device; a full disk ends the metrics, not the training; a SIGKILL loses no step.
@@ -157,6 +159,7 @@ class Run:
         self._keeper: Keeper | None = None
         self._origin: Path | None = None  # the checkpoint to go on from
         self._no_origin: CheckpointError | None = None
+        self._drawing: Any = None  # the latest process that draws the curves
         self._rank = int(os.environ.get("RANK") or 0)
         enabled = enabled and os.environ.get("OBS_DISABLE", "0") in ("", "0")
         self._hooks: list[Any] = []
@@ -206,7 +209,7 @@ class Run:
     def _open_sinks(self, cut: Mapping[str, Any] | None = None) -> None:
         """What came after the checkpoint whose state is `cut` is taken out first."""
         if cut and self.dir and _run_of(self._origin):
-            self._curve.redone = cut_journal(self.dir, cut["global_step"], cut["epoch"])
+            self._curve.redone = cut_journal(self.dir, cut)
         if run_dir := self.dir:
             self._add_sink("journal", lambda: Journal(run_dir))
             self._add_sink("training.log", lambda: TrainingLog(run_dir))
@@ -215,7 +218,9 @@ class Run:
             self._add_sink("TensorBoard", lambda: TensorBoard(self._tb_run, purge))
         if self.settings.wandb:
             config = self._manifest["hyperparameters"]
-            self._add_sink("W&B", lambda: WeightsAndBiases(self.name, config, self.dir))
+            # The same after a resume, and another on each machine and in each project.
+            run_id = _sha256(self.dir / "config.json")[:16] if self.dir else None
+            self._add_sink("W&B", lambda: WeightsAndBiases(self.name, config, self.dir, run_id))
         self._sinks_open = True
 
     def _forget(self) -> None:
@@ -261,14 +266,17 @@ class Run:
         Raises:
             CheckpointError: the checkpoint that was asked for is not there, or does not fit.
         """
+        self._put_back()
+        return _in_order(defaults if self._keeper is None else self._keeper.locals(defaults))
+
+    def _put_back(self) -> None:
+        """By the first of resume() and skip_epoch(), the only calls that raise: no step is lost."""
         if self._no_origin is not None:
             raise self._no_origin
-        if self._keeper is None:
-            return _in_order(defaults)
-        values = self._keeper.resume(self._origin, defaults)
-        if self._origin is not None:
-            self._go_on(self._origin)
-        return _in_order(values)
+        if self._keeper is not None and not self._keeper.is_back:
+            self._keeper.put_back(self._origin)
+            if self._origin is not None:
+                self._go_on(self._origin)
 
     def _follow_lr(self, name: str, optimizer: Any) -> None:
         def note(optimizer: Any, *_: object) -> None:
@@ -352,9 +360,16 @@ class Run:
         if self._ready("log"):
             self._record("train", self.global_step if step is None else step, metrics)
 
-    @_fenced
     def skip_epoch(self, /, epoch: int | None = None) -> bool:
-        """First line of an epoch's loop: `if obs.skip_epoch(epoch): continue`. Names the epoch."""
+        """First line of an epoch's loop: `if obs.skip_epoch(epoch): continue`. Names the epoch.
+
+        Raises CheckpointError where resume() would, and has not been called.
+        """
+        self._put_back()
+        return bool(self._enter_epoch(epoch))
+
+    @_fenced
+    def _enter_epoch(self, epoch: int | None) -> bool:
         number = epoch if epoch is not None else (self.epoch or 0) + 1
         skip = self._keeper is not None and self._keeper.skip_epoch(number)
         if self._ready("skip_epoch"):
@@ -421,13 +436,18 @@ class Run:
             self._keeper.on_saved = lambda path: self._event("saved", checkpoint=path.name)
             self._keeper.catch_signals()
 
-    def _facts(self, step: int) -> dict[str, Any]:
-        """What the records say by now, for state.json; called by the checkpoint's thread."""
-        self._land()
-        self.drain()
-        facts = {"tokens": self._tokens, "best": self.best, **self._curve.facts(step)}
-        facts["hyperparameters"] = self._manifest["hyperparameters"]
-        return {name: _strict(fact) for name, fact in facts.items()}
+    def _facts(self, step: int) -> Callable[[], dict[str, Any]]:
+        """For state.json: what the run knows now, and what its records say when it is written."""
+        now = {"tokens": self._tokens, "records": self._seq, "time": time.time()}
+
+        def facts() -> dict[str, Any]:
+            self._land()
+            self.drain()
+            known = {**now, "best": self.best, **self._curve.facts(step)}
+            known["hyperparameters"] = self._manifest["hyperparameters"]
+            return {name: _strict(fact) for name, fact in known.items()}
+
+        return facts
 
     @_fenced
     def _go_on(self, origin: Path) -> None:
@@ -540,7 +560,7 @@ class Run:
         return True
 
     def _keep_draining(self) -> None:
-        sample_at = 0.0
+        sample_at, plot_at = 0.0, time.monotonic() + self.settings.plot_interval
         while not self._stopping:
             self._wake.wait(self.settings.drain_interval)
             self._wake.clear()
@@ -552,6 +572,9 @@ class Run:
                     os.kill(os.getpid(), self._keeper.signal or 0)
                 self._land()
                 self.drain()
+                if self.settings.plot_interval > 0 and plot_at <= time.monotonic():
+                    plot_at = time.monotonic() + self.settings.plot_interval
+                    self._draw()
             except Exception as error:  # a device or a sink: the timer must outlive both
                 self._degrade("the timer", error)
         self._close_sinks()
@@ -638,6 +661,21 @@ class Run:
             (self.dir / "metrics.ring").unlink(missing_ok=True)
         if not self._timer.is_alive():
             self._ring.close()
+        if self.settings.plot_interval > 0:
+            self._draw(last=True)
+
+    def _draw(self, *, last: bool = False) -> None:
+        """By a process of its own at the lowest priority: a thread would hold the loop's GIL."""
+        import importlib.util
+        import subprocess
+
+        drawing = self._drawing is not None and self._drawing.poll() is None
+        if self.dir is None or (drawing and not last) or not importlib.util.find_spec("matplotlib"):
+            return
+        command = [sys.executable, os.path.abspath(__file__), "plot", str(self.dir)]
+        nowhere = subprocess.DEVNULL
+        self._drawing = subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere,
+                                         start_new_session=True)  # fmt: skip
 
     def _results(self, status: str, lost: int) -> dict[str, Any]:
         best_loss, best_step = self.best or (None, None)
@@ -678,6 +716,7 @@ class Settings:
     wandb: bool = False  # WANDB_MODE=offline or online turns it on too
     drain_interval: float = 0.5  # seconds between two writes of the journal
     system_interval: float = 10.0  # seconds between two system records, 0 for none
+    plot_interval: float = 300.0  # seconds between two drawings of the curves, 0 for none
     close_timeout: float = 5.0  # seconds that finish() may take, without a checkpoint
     save_interval: str = "0"  # optimizer steps between two checkpoints, or auto; 0 is off
     keep_last: int = 3  # checkpoints, beside the best and the one resumed from
@@ -1083,11 +1122,14 @@ class TensorBoard:
 class WeightsAndBiases:
     """W&B where it is installed; on this machine only with WANDB_MODE=offline."""
 
-    def __init__(self, name: str, config: Mapping[str, Any], run_dir: Path | None) -> None:
+    def __init__(
+        self, name: str, config: Mapping[str, Any], run_dir: Path | None, run_id: str | None = None
+    ) -> None:  # fmt: skip
         with _generators_untouched():
             import wandb
 
-            self._run = wandb.init(name=name, config=dict(config or {}), dir=run_dir)
+            self._run = wandb.init(name=name, config=dict(config or {}), dir=run_dir, id=run_id,
+                                   resume="allow" if run_id else None)  # fmt: skip
 
     def write(self, records: Sequence[Record]) -> None:
         for record in records:
@@ -1146,7 +1188,10 @@ class Keeper:
         self._signal_at = 0.0
         self._previous: dict[int, Any] = {}
         self._saver: Saver | None = None
-        self._carry: Mapping[str, Any] = {}
+        self._carry: dict[str, Any] = {}  # the loop's locals, as resume() and step() had them last
+        self._kept: dict[str, Any] = {}  # those of the checkpoint that have yet to be given back
+        self._asked: set[str] = set()  # the names that have been
+        self.is_back = False
         self._epoch: int | None = None
         self._batches = 0  # of this epoch, with the one under way
         self._between = False  # two iterations: what the script carries is what step() was given
@@ -1168,7 +1213,8 @@ class Keeper:
 
     def after_step(self, step: int, carry: Mapping[str, Any] | None) -> None:
         before, self._step = self._step, step
-        self._carry, self._between = carry or {}, True
+        self._carry.update(carry or {})
+        self._between = True
         if self.signal is not None or self._wanted or self._due(step, before, time.monotonic()):
             self.save(step)
         elif before is None and self.every:
@@ -1195,7 +1241,8 @@ class Keeper:
             return False
         place = {"epoch": self._epoch, "step_in_epoch": self._batches, "ended": last,
                  **numerics()}  # fmt: skip
-        saver.save(step, self._parts(), lambda: {**place, **self._facts(step)}, hurry=last)
+        facts = self._facts(step)
+        saver.save(step, self._parts(), lambda: {**place, **facts()}, hurry=last)
         self._saved_at = time.monotonic()
         self._cost_s = self._saved_at - began + saver.write_s
         return not last or saver.wait(timeout)
@@ -1232,17 +1279,14 @@ class Keeper:
 
     # Resuming.
 
-    def resume(self, origin: Path | None, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        """Put everything back; the loop's locals as they were. Raises CheckpointError."""
+    def put_back(self, origin: Path | None) -> None:
+        """All that the checkpoint holds but the loop's locals. Raises CheckpointError."""
+        self.is_back = True
         self._start_rng = rng_state() if "torch" in sys.modules else None
         if origin is None:
-            return dict(defaults)
+            return
         *four, loaders = (self.watched[kind] for kind in _KINDS)
         state, saved = read_state(origin), restore(origin, *four)
-        if absent := sorted(defaults.keys() - saved["carry"].keys()):
-            raise CheckpointError(
-                f"{origin} has no {', '.join(absent)}, which resume() asks for; give step() "
-                f"carry={{{', '.join(f'{name!r}: {name}' for name in absent)}}}")
         for loader, loader_state in zip(loaders, saved["loader"], strict=False):
             loader.load_state_dict(loader_state)
         self._origin, self._step = origin, state["global_step"]
@@ -1257,7 +1301,21 @@ class Keeper:
             self._enter(place)
         else:
             self._place = place
-        return {name: _like(saved["carry"][name], value) for name, value in defaults.items()}
+        self._kept = saved["carry"]
+
+    def locals(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The loop's locals: each as it was saved, once; as given from then on."""
+        absent = sorted(given.keys() - self._kept.keys() - self._asked)
+        if absent and self._origin is not None:
+            raise CheckpointError(
+                f"{self._origin} has no {', '.join(absent)}, which resume() asks for; give step() "
+                f"carry={{{', '.join(f'{name!r}: {name}' for name in absent)}}}")
+        self._asked |= given.keys()
+        values = {name: _like(self._kept.pop(name), value) if name in self._kept else value
+                  for name, value in given.items()}  # fmt: skip
+        if self._epoch is not None:  # before the loop they are what they begin with, not a state
+            self._carry.update(values)
+        return values
 
     def skip_epoch(self, epoch: int) -> bool:
         """Whether a resumed run has done all of this epoch already."""
@@ -1509,16 +1567,17 @@ def _unfinished(out_dir: Path) -> list[Path]:
     return [run for _, run in sorted(found, reverse=True)]
 
 
-def cut_journal(run_dir: Path, step: int, epoch: int | None) -> dict[int, float]:
-    """Take out what came after `step`, for it will come again; returns the losses taken out."""
+def cut_journal(run_dir: Path, state: Mapping[str, Any]) -> dict[int, float]:
+    """Take out what came after a checkpoint, for it will come again; returns its losses by step."""
     losses = {}
     for shard in _shards(run_dir):
         kept = []
         for line in shard.read_text(encoding="utf-8").splitlines(keepends=True):
             record = json.loads(line)
-            tags = record["tags"]
-            again = record["step"] > step or (epoch is not None and tags.get("epoch", -1) >= epoch)
-            if tags["phase"] == "event" or not again:
+            # Values that came from a device later than the checkpoint are numbered later too.
+            again = record["seq"] > state["records"] and (
+                record["step"] > state["global_step"] or record["time"] > state["time"])
+            if record["tags"]["phase"] == "event" or not again:
                 kept.append(line)
             elif "loss/train" in record["metrics"]:
                 losses[record["step"]] = float(record["metrics"]["loss/train"])
@@ -2347,10 +2406,10 @@ def _write_all(fd: int, data: Any) -> int:
     return len(data)
 
 
-def _replace_file(path: Path, text: str) -> None:
+def _replace_file(path: Path, content: str | bytes) -> None:
     """Whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temporary, path)
 
 
@@ -2615,6 +2674,76 @@ def _event_damage(path: Path) -> str | None:
     return None
 
 
+# --- Plots ----------------------------------------------------------------------------------------
+
+# A panel's title, and the records that it shows.
+_PANELS = (
+    ("loss", re.compile(r"loss/(train|val_step)")),
+    ("learning rate", re.compile(r"lr(/\d+)?")),
+    ("throughput (1/s)", re.compile(r"speed/(tokens|samples)_per_sec_step")),
+    ("gradient norm", re.compile(r"(.*[/_])?grad(ient)?_norm")),
+)
+_POINTS = 20_000  # of a curve that are kept; where there are more, every other one of the older
+
+
+def plot(run_dir: Path) -> Path:
+    """Draw the run so far, for good under its time and step, and as plots/latest.png.
+
+    Raises RunError where there is no journal, ObservabilityError where matplotlib is missing.
+    """
+    curves, resumes, steps = _curves(run_dir)
+    image = _drawn(run_dir.name, curves, resumes)
+    (run_dir / "plots").mkdir(exist_ok=True)
+    stamp = time.strftime("%Y-%m-%dT%H-%M-%S")
+    path = run_dir / "plots" / f"curves_{stamp}_step_{steps:08d}.png"
+    _replace_file(path, image)
+    _replace_file(path.with_name("latest.png"), image)
+    return path
+
+
+def _curves(run_dir: Path) -> tuple[dict[str, list[tuple[int, float]]], list[int], int]:
+    """Points by name, the steps at which the run was resumed, and its last step."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    resumes, steps = [], 0
+    for record in read_run(run_dir):
+        steps = max(steps, record["step"])
+        if record["tags"].get("event") == "resume":
+            resumes.append(record["step"])
+        for name, value in record["metrics"].items():
+            if any(shown.fullmatch(name) for _, shown in _PANELS):
+                points = curves.setdefault(name, [])
+                points.append((record["step"], float(value)))
+                if len(points) > _POINTS:
+                    del points[:-1:2]
+    return curves, resumes, steps
+
+
+def _drawn(title: str, curves: Mapping[str, Any], resumes: Sequence[int]) -> bytes:
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no window, no global state
+    except ImportError as error:
+        install = f"{sys.executable} -m pip install matplotlib"
+        raise ObservabilityError(f"matplotlib is not installed; {install}") from error
+    panels = [(label, names) for label, shown in _PANELS
+              if (names := [name for name in curves if shown.fullmatch(name)])]  # fmt: skip
+    figure = Figure(figsize=(9, 1 + 2.2 * len(panels)), layout="constrained")
+    figure.suptitle(title)
+    for row, (label, names) in enumerate(panels, 1):
+        axes = figure.add_subplot(len(panels), 1, row)
+        for name in names:
+            few = len(curves[name]) < 100
+            axes.plot(*zip(*curves[name], strict=True), label=name, marker="." if few else "",
+                      linewidth=1)  # fmt: skip
+        for number, step in enumerate(resumes):
+            axes.axvline(step, color="grey", linestyle=":", label="_" * bool(number) + "resumed")
+        axes.set(ylabel=label, xlabel="step" if row == len(panels) else "")
+        axes.legend(loc="upper right", fontsize="small")
+        axes.grid(alpha=0.3)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=110)
+    return image.getvalue()
+
+
 # --- Parity ---------------------------------------------------------------------------------------
 
 
@@ -2748,6 +2877,8 @@ def _parser() -> Any:
     added = command(_cmd_verify, "check every byte of a run that has a checksum")
     added.add_argument("run", type=Path, metavar="RUN")
     added.add_argument("--json", action="store_true")
+    added = command(_cmd_plot, "draw a run's curves into its plots/, by matplotlib")
+    added.add_argument("run", type=Path, metavar="RUN")
     added = command(_cmd_rebuild, "write a run's TensorBoard events anew from its journal")
     added.add_argument("run", type=Path, metavar="RUN")
     added = command(_cmd_tb, "start TensorBoard on this machine's loopback")
@@ -2797,6 +2928,13 @@ def _cmd_verify(options: Any) -> int:
     else:
         print("\n".join([*found["damage"], f"{options.run}: {found['checked']}"]))
     return 1 if found["damage"] else 0
+
+
+def _cmd_plot(options: Any) -> int:
+    with contextlib.suppress(AttributeError, OSError):  # Windows
+        os.nice(19)  # the cores are the training's
+    print(plot(options.run))
+    return 0
 
 
 def _cmd_rebuild(options: Any) -> int:

@@ -19,6 +19,7 @@ import observability as obs
 
 ROOT = Path(__file__).resolve().parents[1]
 MAINRUN = ROOT / "mainrun"
+os.environ["OBS_PLOT_INTERVAL"] = "0"  # a process that draws, for each of hundreds of runs
 
 
 @pytest.fixture(autouse=True)

@@ -387,6 +387,67 @@ def test_resume_returns_what_was_carried_in_the_order_asked_for(opened):
     assert (step, rest.tolist(), run.global_step) == (3, [1.0, 1.0], 3)
 
 
+def test_a_local_has_its_saved_value_back_once_and_is_as_given_from_then_on(opened):
+    opened(resume="auto")
+    assert obs.resume(step=0) == 3
+    assert obs.resume(step=7) == 7
+    rest, step = obs.resume(rest=None, step=8)
+    assert (rest.tolist(), step) == ([1.0, 1.0], 8)
+
+
+def test_what_an_epoch_gives_to_resume_is_saved_until_a_step_carries_it(opened):
+    opened(resume="auto")
+    obs.skip_epoch(1)
+    obs.resume(step=0, rest=None)
+    obs.resume(rest=torch.zeros(2))
+    obs.step(4, loss=1.0, carry={"step": 4})
+    obs.save()
+    obs.finish()
+    opened(resume="auto")
+    obs.skip_epoch(1)
+    rest, step = obs.resume(rest=None, step=0)
+    assert (rest.tolist(), step) == ([0.0, 0.0], 4)
+
+
+def test_skip_epoch_puts_everything_back_where_resume_is_not_called_before(opened):
+    run = opened(resume="auto")
+    assert obs.skip_epoch() is False
+    assert run.global_step == 3
+    assert obs.resume(step=0) == 3
+
+
+def test_skip_epoch_says_what_resume_would_of_another_model(opened):
+    opened(width=3, resume="auto")
+    with pytest.raises(obs.CheckpointError, match=r"weight \(1, 2\), \(1, 3\)"):
+        obs.skip_epoch(1)
+
+
+def test_an_evaluation_after_the_checkpoint_of_its_step_is_recorded_once(open_run, tiny_model):
+    """It is made again by the resumed run, which ends the epoch that the checkpoint is of."""
+    model, optimizer = tiny_model
+    for attempt in range(3):
+        run = open_run("run", save_interval=1, resume="auto")
+        obs.watch(model, optimizer=optimizer)
+        step = obs.resume(step=0)
+        assert step == (0 if attempt == 0 else 2)
+        for epoch in range(2):
+            if obs.skip_epoch(epoch):
+                continue
+            for _ in range(2):
+                if obs.skip_batch():
+                    continue
+                step += 1
+                obs.step(step, loss=1.0, carry={"step": step})
+                run._keeper.wait()
+            obs.validation(2.0 + epoch)
+            if attempt < 2:
+                break
+        obs.finish("failed: as by a kill")
+    evaluations = [(r["step"], r["metrics"]["loss/val_step"]) for r in obs.read_run(run.dir)
+                   if "loss/val_step" in r["metrics"]]  # fmt: skip
+    assert evaluations == [(2, 2.0), (4, 3.0)]
+
+
 def test_without_a_checkpoint_resume_returns_what_it_was_given(tmp_path, open_run):
     obs._run = None
     assert obs.resume(ptr=1, step=2) == (1, 2)
