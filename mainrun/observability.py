@@ -58,6 +58,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 try:
@@ -464,6 +465,8 @@ class Run:
         self._curve.go_on(state)
         self._event("resume", checkpoint=origin.name, differs="; ".join(other))
         self._open_sinks(state)
+        if self._keeper is not None:
+            self._keeper.publish(origin)  # a kill may have come between its commit and this
 
     @_fenced
     def _after_step(self, carry: Mapping[str, Any] | None) -> None:
@@ -1267,9 +1270,13 @@ class Keeper:
         return self._saver
 
     def _saved(self, path: Path) -> None:
+        self.publish(path)
+        self.on_saved(path)
+
+    def publish(self, path: Path) -> None:
+        """The plain weights too, where the script asks for them."""
         if self._settings.weights:
             publish_weights(path, script_dir() / self._settings.weights)
-        self.on_saved(path)
 
     def _parts(self) -> dict[str, Any]:
         *four, loaders = (self.watched[kind] for kind in _KINDS)
@@ -1429,14 +1436,14 @@ class _Curve:
 
     def note(self, step: int, loss: float) -> None:
         self.losses.append((step, loss))
-        again = self.redone.pop(step, loss)
-        if again != loss and (again == again or loss == loss):
+        again = self.redone.pop(step, None)
+        if again not in (None, loss) and (again == again or loss == loss):
             self.redone.clear()
             _warn_once(f"the resumed run is not bit for bit the one before: at step {step} "
                        f"the loss is {loss!r}, before the interruption it was {again!r}")
         if before := self._before:
             self._before = []
-            if len(before) > 2 and not loss <= 2 * max(before) - min(before):
+            if again != loss and len(before) > 2 and not loss <= 2 * max(before) - min(before):
                 _warn_once(f"the loss jumps at the resume: {loss:.6g} at step {step}, "
                            f"{before[-1]:.6g} before it")  # fmt: skip
 
@@ -1815,7 +1822,7 @@ def capture(
 
     One model is its plain `state_dict()`; several are a dict with the keys "0", "1", ….
     """
-    weights = {str(index): model.state_dict() for index, model in enumerate(models)}
+    weights = {str(index): _weights(model) for index, model in enumerate(models)}
     rest = {
         "optimizer": [optimizer.state_dict() for optimizer in optimizers],
         "scheduler": [scheduler.state_dict() for scheduler in schedulers],
@@ -1826,6 +1833,13 @@ def capture(
         "optimizer.pt": rest,
         "rng_state.pt": {**rng_state(), **more},
     }
+
+
+def _weights(model: Any) -> Mapping[str, Any]:
+    """The live parameters themselves: to detach each would take half of the time."""
+    plain = getattr(type(model), "state_dict", None) is _torch().nn.Module.state_dict
+    weights: Mapping[str, Any] = model.state_dict(**{"keep_vars": True} if plain else {})
+    return weights
 
 
 def restore(
@@ -1987,7 +2001,7 @@ class Saver:
             return False
         complaint = f"step {step} was not saved"
         try:
-            snapshot, tensors = _snapshot(parts)
+            snapshot, tensors = _snapshot(parts, self._arena.tensors if self._arena else {})
             arena = self._fit(tensors)
             arena.fill()
         except Exception as error:  # a stranger's state, or no memory: the training goes on
@@ -2073,6 +2087,7 @@ class _Arena:
     """
 
     def __init__(self, tensors: Sequence[Any], late: set[_Key]) -> None:
+        self.tensors = {id(t): t for t in tensors}  # alive, so that an id stays theirs
         self._known = {t.data_ptr() for t in tensors}
         self._on_host: list[tuple[int, int, int]] = []  # to, of, bytes
         self._now: list[_Copies] = []  # in the order of the loop's own stream
@@ -2216,7 +2231,9 @@ def _copy_memory(pieces: Sequence[tuple[int, int, int]], workers: int) -> None:
         helper.join()
 
 
-def _snapshot(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+def _snapshot(
+    parts: Mapping[str, Any], known: Mapping[int, Any] = MappingProxyType({})
+) -> tuple[dict[str, Any], list[Any]]:
     """A copy of the parts, and those tensors in it that are still the live ones.
 
     Live are models and optimizers, which an arena copies as a whole; what is new at every save
@@ -2226,6 +2243,9 @@ def _snapshot(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
     plain, live = {torch.Tensor, torch.nn.Parameter}, []
 
     def take(t: Any) -> Any:
+        if id(t) in known:  # by the last save: its kind need not be looked at again
+            live.append(t)
+            return t
         if type(t) not in plain or t.layout is not torch.strided or not (t.is_cuda or t.is_cpu):
             return t.detach().cpu().clone()  # may wait, and is rare
         if not t.numel():
@@ -2240,21 +2260,26 @@ def _snapshot(parts: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
 
 def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
     """A copy of the tree, with its tensors changed and nothing shared that could change later."""
-    kind = type(tree)
-    if kind is dict:
-        return {key: _map(value, change) for key, value in tree.items()}
-    if kind is list or kind is tuple:
-        if tree and all(type(item) is int for item in tree):  # a generator's state: thousands
-            return kind(tree)
-        return kind(_map(item, change) for item in tree)
-    if kind in (int, float, bool, str, bytes, type(None)):
-        return tree
-    if isinstance(tree, _torch().Tensor):
-        return change(tree)
-    twin = copy.copy(tree) if isinstance(tree, dict) else copy.deepcopy(tree)
-    if isinstance(tree, dict):  # keeps its kind, and the `_metadata` of a state_dict
-        twin.update((key, _map(value, change)) for key, value in tree.items())
-    return twin
+    tensor, scalars = _torch().Tensor, {int, float, bool, str, bytes, type(None)}
+
+    def walk(tree: Any) -> Any:
+        kind = type(tree)
+        if kind is dict:
+            return {key: walk(value) for key, value in tree.items()}
+        if isinstance(tree, tensor):
+            return change(tree)
+        if kind in scalars:
+            return tree
+        if kind is list or kind is tuple:
+            if tree and all(type(item) is int for item in tree):  # a generator's state: thousands
+                return kind(tree)
+            return kind([walk(item) for item in tree])
+        twin = copy.copy(tree) if isinstance(tree, dict) else copy.deepcopy(tree)
+        if isinstance(tree, dict):  # keeps its kind, and the `_metadata` of a state_dict
+            twin.update([(key, walk(value)) for key, value in tree.items()])
+        return twin
+
+    return walk(tree)
 
 
 def _tensors(tree: Any) -> list[Any]:

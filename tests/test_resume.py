@@ -515,6 +515,22 @@ def test_a_loss_that_jumps_is_said_with_both_numbers(opened, capfd, loss, said):
     assert ("the loss jumps" in err) == (loss != 1.0)
 
 
+def test_a_loss_that_was_there_before_the_interruption_is_no_jump(capfd):
+    curve = obs._Curve()
+    curve.go_on({"loss_history": [[step, 1.0] for step in (1, 2, 3)], "epoch": None})
+    curve.redone = {4: 7.5}
+    curve.note(4, 7.5)
+    assert not capfd.readouterr().err
+
+
+def test_resume_publishes_the_weights_that_a_kill_has_held_back(opened, tmp_path):
+    """It may come between a checkpoint's commit and the plain weights file."""
+    opened(resume="auto", weights=tmp_path / "weights.pth")
+    obs.resume(step=0)
+    saved = tmp_path / "out/run/checkpoints/step_00000003/model.pth"
+    assert (tmp_path / "weights.pth").read_bytes() == saved.read_bytes()
+
+
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(opened, tmp_path, capfd):
     weights = tmp_path / "out/run/checkpoints/step_00000003/model.pth"
     weights.write_bytes(weights.read_bytes()[:-1])
