@@ -11,7 +11,7 @@ BASELINES := baseline.log $(wildcard tests/baseline_*.log)
 RUNS ?= $(wildcard mainrun/out/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help train tb test parity summarize lint bench clean
+.PHONY: help train pipeline tb test parity summarize lint bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ train: $(STAMP) ## train the reference recipe, observed, and compare it with its
 parity: $(STAMP) ## compare the last training's validation losses with the baselines
 	@test -e $(LOG) || { echo "$(LOG) is missing; make train writes it" >&2; exit 2; }
 	@$(PY) mainrun/observability.py parity $(LOG) $(BASELINES) || [ $$? -eq 2 ]
+
+pipeline: $(STAMP) ## train the example's four stages; run again, it goes on where it ended
+	@PYTHON=$(abspath $(PY)) mainrun/pipeline.sh
 
 tb: $(STAMP) ## show the curves: TensorBoard on this machine's loopback
 	@$(PY) mainrun/observability.py tb
