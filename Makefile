@@ -11,7 +11,7 @@ BASELINES := baseline.log $(wildcard tests/baseline_*.log)
 RUNS ?= $(wildcard mainrun/out/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help train pipeline tb test parity summarize lint bench clean
+.PHONY: help train pipeline tb test parity summarize faults lint bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,10 @@ summarize: $(STAMP) ## a table of the runs
 
 test: $(STAMP) ## the test suite
 	@$(PY) -m pytest
+
+faults: $(STAMP) ## kill a small run 320 times, then starve and damage its checkpoints
+	@$(PY) tests/faults.py --kills 300 --chain 20
+	@$(PY) -m pytest tests/test_faults.py
 
 lint: $(STAMP) ## ruff, and mypy --strict on what users copy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/mypy

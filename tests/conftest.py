@@ -71,7 +71,7 @@ def python(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
 def forks() -> Any:
     """A context whose processes fork from one that has torch already: they start at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "observability"])
+    context.set_forkserver_preload(["torch._dynamo", "observability", "train"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         multiprocessing.forkserver.ensure_running()

@@ -1,7 +1,4 @@
-"""What a checkpoint survives: damage, kills, full and failing disks, power cuts, hostile files.
-
-The short form is part of the suite; with OBS_FAULTS=long every test tries as many as it can.
-"""
+"""What a checkpoint survives: damage, kills, full and failing disks, power cuts, hostile files."""
 
 from __future__ import annotations
 
@@ -15,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,13 +19,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import forks
+from faults import FILES, Campaign, newest_step
 from torch import nn
 
 import observability as obs
 
-LONG = os.environ.get("OBS_FAULTS") == "long"
-NAMES = ("model.pth", "optimizer.pt", "rng_state.pt", "run_manifest.json", "state.json")
 CHANGES = ("open", "write", "posix_fallocate", "ftruncate", "fsync", "close", "mkdir", "rename",
            "unlink", "rmdir")  # fmt: skip
 
@@ -38,12 +32,7 @@ def commit(directory: Path, step: int, size: int = 5000) -> Path:
     """A checkpoint of plain bytes, with a store of its own as a new process would have."""
     store = obs.CheckpointStore(directory, keep_last=2)
     content = bytes([step % 251]) * size + f"step {step}".encode()
-    return store.commit(step, dict.fromkeys(NAMES[:-1], content), {"step": step})
-
-
-def newest_step(directory: Path) -> int:
-    path = obs.latest_ckpt(directory, warn=lambda message: None)
-    return 0 if path is None else int(path.name[5:])
+    return store.commit(step, dict.fromkeys(FILES[:-1], content), {"step": step})
 
 
 def in_child(job: Callable[[], None]) -> int:
@@ -73,7 +62,7 @@ def damages(data: bytes) -> Iterator[bytes]:
         yield data[: at // 8] + bytes([flipped]) + data[at // 8 + 1 :]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FILES)
 def test_every_damage_to_every_file_is_found_and_the_older_one_taken(tmp_path, name):
     model = nn.Linear(8, 8)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -178,71 +167,14 @@ def test_an_error_at_any_file_operation_leaves_the_older_ones_alone(tmp_path, nu
 # --- Kills at random instants of a real run ----------------------------------------------------
 
 
-def train(directory: str, last: int, log: str) -> None:
-    """A small run that saves at each step, resumes, and writes each loss that it has made."""
-    torch.set_num_threads(1)
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(64, 256), nn.Dropout(0.2), nn.Tanh(), nn.Linear(256, 1))
-    optimizer = torch.optim.AdamW(model.parameters())
-    store = obs.CheckpointStore(directory, keep_last=2)
-    saver = obs.Saver(store, [optimizer], on_saved=lambda path: tell(f"saved {path.name[5:]}"))
-    done = 0
-
-    def tell(line: str) -> None:
-        with open(log, "a") as file:
-            file.write(line + "\n")
-
-    if path := obs.latest_ckpt(directory):
-        obs.set_rng_state(obs.restore(path, [model], [optimizer]))
-        done = obs.read_state(path)["global_step"]
-    for step in range(done + 1, last + 1):
-        loss = model(torch.randn(32, 64)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        tell(f"loss {step} {loss.item().hex()}")
-        saver.save(step, obs.capture([model], [optimizer]), {}, wait=step == last)
-
-
-def losses_of(log: Path) -> dict[int, str]:
-    """Loss by step. A step done twice must have come out the same."""
-    losses: dict[int, str] = {}
-    for line in log.read_text().splitlines():
-        if line.startswith("loss"):
-            _, step, loss = line.split()
-            assert losses.setdefault(int(step), loss) == loss
-    return losses
-
-
-def saved_last(log: Path) -> int:
-    lines = log.read_text().splitlines() if log.exists() else []
-    return max((int(line.split()[1]) for line in lines if line.startswith("saved")), default=0)
-
-
-def test_kills_in_a_row_cost_nothing_that_was_saved_and_change_no_digit(tmp_path):
-    context = forks()
-    last, kills, draw = (3000, 100, random.Random(0)) if LONG else (150, 8, random.Random(0))
-    whole, log = str(tmp_path / "whole"), tmp_path / "log"
-    started = time.monotonic()
-    straight = context.Process(target=train, args=(whole, last, str(tmp_path / "log0")))
-    straight.start()
-    straight.join()
-    length = time.monotonic() - started
-    run = tmp_path / "killed"
-    for _ in range(kills):
-        process = context.Process(target=train, args=(str(run), last, str(log)))
-        process.start()
-        time.sleep(draw.uniform(0, length / 2))
-        process.kill()
-        process.join()
-        assert newest_step(run) >= saved_last(log)
-    final = context.Process(target=train, args=(str(run), last, str(log)))
-    final.start()
-    final.join()
-    assert final.exitcode == straight.exitcode == 0
-    assert losses_of(log) == losses_of(tmp_path / "log0")
-    files = [obs.load_file(Path(at) / f"step_{last:08d}", "model.pth") for at in (whole, run)]
-    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+def test_a_run_killed_at_any_instant_goes_on_to_the_same_last_digit(tmp_path):
+    """`make faults` does it hundreds of times."""
+    campaign = Campaign(tmp_path, seed=1)
+    campaign.run(4)
+    campaign.run(1, in_a_row=3)
+    assert campaign.failures == []
+    assert campaign.kills >= 7
+    assert campaign.torn
 
 
 # --- Disks that fill and fail ------------------------------------------------------------------
@@ -411,7 +343,7 @@ class Attack:
         return os.system, (f"touch {self.marker}",)
 
 
-@pytest.mark.parametrize("name", NAMES[:3])
+@pytest.mark.parametrize("name", FILES[:3])
 @pytest.mark.parametrize("as_zip", [True, False])
 def test_a_pickle_that_runs_code_is_refused_and_nothing_runs(tmp_path, name, as_zip):
     marker = tmp_path / "it-ran"

@@ -256,18 +256,6 @@ def test_a_run_killed_after_every_step_ends_in_the_same_digits(tmp_path, process
     assert obs.verify(killed / "out/run")["damage"] == []
 
 
-def test_of_a_run_killed_anywhere_no_saved_step_is_lost(tmp_path, process):
-    """Saving at every second step, killed without waiting for the writer."""
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert process("plain", straight) == 0
-    for kill_at in (3, 4, 8, 13, 14):
-        process("plain", killed, kill_at, save_interval="2")
-        assert obs.verify(killed / "out/run")["damage"] == []
-    assert process("plain", killed, save_interval="2") == 0
-    assert losses_of(killed / "losses") == losses_of(straight / "losses")
-    assert same_bits(ended(killed), ended(straight))
-
-
 # --- The reference script -------------------------------------------------------------------------
 
 
