@@ -182,11 +182,11 @@ class Campaign:
     def run(self, runs: int, in_a_row: int = 1, epochs: int = 2) -> None:
         """So many runs, each killed so many times and then left to its end."""
         self.epochs, began = epochs, time.monotonic()
-        straight = self.folder / f"straight{in_a_row}"
+        straight = self.folder / f"straight{in_a_row}_{epochs}"
         self.start(straight).join()
         expected, length = ending(straight), time.monotonic() - began
         for number in range(1, runs + 1):
-            folder = self.folder / f"run{number}_of_{in_a_row}"
+            folder = self.folder / f"run{number}_{in_a_row}_{epochs}"
             try:
                 self.kill(folder, in_a_row, length / in_a_row)
                 self.start(folder).join()
