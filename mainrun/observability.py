@@ -433,7 +433,7 @@ class Run:
         if (directory := given or within) or self._origin:
             self._keeper = Keeper(self.settings, Path(directory or ""), self._facts)
         if self._keeper is not None and self._open:
-            self._keeper.manifest = self._manifest
+            self._keeper.manifest = json.dumps(_strict(self._manifest), indent=1).encode()
             self._keeper.on_saved = lambda path: self._event("saved", checkpoint=path.name)
             self._keeper.catch_signals()
 
@@ -1184,7 +1184,7 @@ class Keeper:
     def __init__(self, settings: Settings, directory: Path, facts: Callable[[int], Any]) -> None:
         self._settings, self._directory, self._facts = settings, directory, facts
         self.watched: dict[str, list[Any]] = {kind: [] for kind in _KINDS}
-        self.manifest: Mapping[str, Any] = {}
+        self.manifest = b"{}"
         self.every = _interval(settings.save_interval)  # steps; -1 is auto
         self.on_saved: Callable[[Path], None] = lambda path: None
         self.signal: int | None = None  # that came, and waits for the end of the step
@@ -1282,7 +1282,7 @@ class Keeper:
         *four, loaders = (self.watched[kind] for kind in _KINDS)
         states = [loader.state_dict() for loader in loaders if hasattr(loader, "load_state_dict")]
         parts = capture(*four, loader=states, carry=dict(self._carry), start=self._start_rng)
-        return {**parts, "run_manifest.json": json.dumps(_strict(self.manifest)).encode()}
+        return {**parts, "run_manifest.json": self.manifest}
 
     # Resuming.
 
@@ -1918,12 +1918,17 @@ def _check_names(own: Mapping[str, Any], saved: Mapping[str, Any], path: str | P
 
 
 def rng_state() -> dict[str, Any]:
-    """Every generator a loop draws from, in types that `weights_only` loads. Draws nothing."""
+    """Every generator a loop draws from, in types that `weights_only` loads. Draws nothing.
+
+    Words are a tensor: to pickle each of a thousand numbers would hold the GIL for milliseconds.
+    """
     torch = _torch()
-    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    version, words, gauss = random.getstate()
+    state: dict[str, Any] = {"python": (version, torch.tensor(words), gauss)}
+    state["torch"] = torch.get_rng_state()
     if numpy := sys.modules.get("numpy"):
         kind, keys, *rest = numpy.random.get_state()
-        state["numpy"] = (kind, keys.tolist(), *rest)
+        state["numpy"] = (kind, torch.tensor(keys.tolist()), *rest)
     if torch.cuda.is_initialized():  # the host's record of seed and offset: no wait for the device
         state["cuda"] = torch.cuda.get_rng_state()
     return state
@@ -1931,10 +1936,12 @@ def rng_state() -> dict[str, Any]:
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
     torch = _torch()
-    random.setstate(state["python"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
     torch.set_rng_state(state["torch"])
     if "numpy" in state and (numpy := sys.modules.get("numpy")):
-        numpy.random.set_state(state["numpy"])
+        kind, keys, *rest = state["numpy"]
+        numpy.random.set_state((kind, keys.tolist(), *rest))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
@@ -2271,8 +2278,6 @@ def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
         if kind in scalars:
             return tree
         if kind is list or kind is tuple:
-            if tree and all(type(item) is int for item in tree):  # a generator's state: thousands
-                return kind(tree)
             return kind([walk(item) for item in tree])
         twin = copy.copy(tree) if isinstance(tree, dict) else copy.deepcopy(tree)
         if isinstance(tree, dict):  # keeps its kind, and the `_metadata` of a state_dict
