@@ -21,7 +21,7 @@ What a run leaves behind, beside the script:
         checkpoints/step_00000123/       what a resume needs, where saving is on
         plots/latest.png                 the curves, where matplotlib is installed
 
-    python observability.py summarize|verify|plot|parity|rebuild|tb --help
+    python observability.py run|summarize|verify|plot|parity|rebuild|tb --help
 
 What it promises: it draws no random number, reads no batch, runs no forward, sets no flag and never
 waits for the device; a full disk ends the metrics, not the training; a SIGKILL loses no step.
@@ -463,6 +463,7 @@ class Run:
             _warn_once(f"resuming {origin} where not all is as it was, so the digits may differ: "
                        f"{'; '.join(other)}")  # fmt: skip
         self._curve.go_on(state)
+        self._last = self._curve.last()
         self._event("resume", checkpoint=origin.name, differs="; ".join(other))
         self._open_sinks(state)
         if self._keeper is not None:
@@ -783,6 +784,7 @@ def resume(**defaults: Any) -> Any:
 
 
 _from_arguments: dict[str, Any] = {}  # settings that came by way of the command line
+_ARGUMENTS = {"resume", "ckpt_dir", "keep_last_checkpoints", "save_interval"}  # their names there
 
 
 def add_arguments(parser: Any) -> None:
@@ -1434,6 +1436,11 @@ class _Curve:
             if epoch == state["epoch"]:
                 self.epoch_losses[epoch] = loss
 
+    def last(self) -> dict[str, float]:
+        validations = [loss for _, loss, _ in self.validations]
+        known = {"loss/train": [loss for _, loss in self.losses], "loss/val_step": validations}
+        return {name: losses[-1] for name, losses in known.items() if losses}
+
     def note(self, step: int, loss: float) -> None:
         self.losses.append((step, loss))
         again = self.redone.pop(step, None)
@@ -1462,7 +1469,7 @@ def _run_of(checkpoint: Path | None) -> Path | None:
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Each name that both have with another value, or that one of two configurations lacks."""
     found: list[str] = []
-    for name in now:
+    for name in now.keys() - _ARGUMENTS:  # where to resume from says nothing of the digits
         old, new = then.get(name), now[name]
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences({**dict.fromkeys(new), **old}, {**dict.fromkeys(old), **new})
@@ -1722,7 +1729,7 @@ def ckpt_damage(path: str | Path) -> str | None:
 def publish_weights(checkpoint: Path, target: Path) -> None:
     """Put a checkpoint's model.pth at `target` as well, whole or not at all."""
     _make_dirs(target.parent)
-    staging = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    staging = target.with_name(f".tmp-{target.name}")  # the next one sweeps what a kill left
     staging.unlink(missing_ok=True)
     try:
         os.link(checkpoint / "model.pth", staging)
@@ -2523,6 +2530,160 @@ def _generators_untouched() -> Iterator[None]:
             numpy.random.set_state(numpy_state)
 
 
+# --- A script as it is ----------------------------------------------------------------------------
+
+
+class Onlooker:
+    """Records a script without call sites, by the hooks that torch has for every optimizer.
+
+    A step is one of the optimizer that steps first; what the others' steps have is recorded with
+    their number behind its name. Evaluations and the place in the loop cannot be seen.
+    """
+
+    SHARE = 0.005  # of the loop's time, that gradient norms may take
+
+    def __init__(self) -> None:
+        self.run: Run | None = None
+        self._optimizers: list[Any] = []
+        self._loss: Any = None  # back-propagated since the last step; of several, their sum
+        self._scaled: tuple[Any, Any] | None = None  # by a GradScaler, and what it was
+        self._stepping = False  # a closure evaluates again and again, and the last loss counts
+        self._norm: dict[str, Any] = {}
+        self._norm_at = self._steps = 0
+        self._began = 0.0
+
+    def install(self) -> None:
+        from torch.optim import optimizer as optim
+
+        torch = _torch()
+        optim.register_optimizer_step_pre_hook(_fenced(self._before_step))
+        optim.register_optimizer_step_post_hook(_fenced(self._after_step))
+        _call_before(torch.autograd, "backward", _fenced(self._note_loss))
+        scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)
+        _call_after(scaler, "scale", _fenced(self._note_scaled))
+
+    def _note_scaled(self, result: Any, _: Any, outputs: Any) -> None:
+        self._scaled = (result, outputs)
+
+    def _note_loss(self, tensors: Any, *_: Any, **__: Any) -> None:
+        scaled, self._scaled = self._scaled, None
+        if scaled is not None and scaled[0] is tensors:
+            tensors = scaled[1]
+        losses = [tensor.detach() for tensor in _several(tensors) if tensor.numel() == 1]
+        if losses and not self._stepping and self._loss is not None:
+            losses.append(self._loss)
+        self._loss = sum(losses[1:], losses[0]) if losses else self._loss
+
+    def _before_step(self, optimizer: Any, *_: Any) -> None:
+        if self.run is None:
+            if _run is not None:
+                return  # the script's own
+            self.run = init(save_interval=0, resume="never")
+            self._began = time.perf_counter()
+        if not any(known is optimizer for known in self._optimizers):
+            self._optimizers.append(optimizer)
+            self.run.watch(optimizer=optimizer)
+        self._stepping = True
+        if optimizer is self._optimizers[0] and self._steps >= self._norm_at:
+            self._note_norm(optimizer)
+
+    def _note_norm(self, optimizer: Any) -> None:
+        """Of what the optimizer is about to apply: clipped and unscaled. As often as is cheap."""
+        torch, began = _torch(), time.perf_counter()
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]
+                 if p.grad is not None and p.grad.layout is torch.strided]  # fmt: skip
+        if grads and len({grad.device for grad in grads}) == 1:
+            with torch.no_grad():
+                norms = [norm.float() for norm in torch._foreach_norm(grads)]
+                self._norm = {"grad_norm": torch.linalg.vector_norm(torch.stack(norms))}
+        now = time.perf_counter()
+        step_s = (now - self._began) / (self._steps + 1)
+        if self._steps > 2:  # the first ones are slow and say nothing of the later
+            self._norm_at = self._steps + 1 + int((now - began) / (self.SHARE * step_s))
+
+    def _after_step(self, optimizer: Any, *_: Any) -> None:
+        loss, self._loss, self._stepping = self._loss, None, False
+        if self.run is None:
+            return
+        if optimizer is not self._optimizers[0]:
+            number = next(i for i, known in enumerate(self._optimizers) if known is optimizer)
+            self.run.log({} if loss is None else {f"loss/train/{number}": loss})
+            return
+        metrics, self._norm = self._norm, {}
+        if self.run._mark is not None:
+            metrics["speed/step_s"] = time.perf_counter() - self.run._mark
+        self._steps += 1
+        self.run.step(loss=loss, **metrics)
+
+    def seen(self) -> str:
+        """What was recorded, and what it takes to record the rest."""
+        if self.run is None:
+            why = "no optimizer has stepped" if not _run else "the script has its own call sites"
+            return f"observability: {why}; nothing is added"
+        return (f"observability: {self._steps} steps are in {self.run.dir}; without call sites "
+                "evaluations are not seen, and no run can be resumed")  # fmt: skip
+
+
+def _call_before(owner: Any, name: str, note: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        note(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+def _call_after(owner: Any, name: str, note: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        note(result, *args, **kwargs)
+        return result
+
+    setattr(owner, name, call)
+
+
+class _WhenImported:
+    """Calls back when the script has imported a module: imported before, it would not find what
+    the script puts into the environment for it."""
+
+    def __init__(self, name: str, then: Callable[[], None]) -> None:
+        self._name, self._then = name, then
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        import importlib.util
+
+        if name != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            _call_after(spec.loader, "exec_module", lambda *_: _fenced(self._then)())
+        return spec
+
+
+def run_script(script: Path, arguments: Sequence[str]) -> None:
+    """Run a training script as Python would, and record what can be seen from outside."""
+    import runpy
+
+    onlooker = Onlooker()
+    sys.argv, sys.path[0] = [str(script), *arguments], str(script.resolve().parent)
+    sys.meta_path.insert(0, _WhenImported("torch", onlooker.install))
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except BaseException as error:
+        ended = isinstance(error, SystemExit) and error.code in (None, 0)
+        finish("completed" if ended else f"failed: {type(error).__name__}")
+        raise
+    finally:
+        finish()
+        print(onlooker.seen(), file=sys.stderr)
+
+
 # --- Reading a run --------------------------------------------------------------------------------
 
 
@@ -2907,10 +3068,13 @@ def _parser() -> Any:
     added = command(_cmd_verify, "check every byte of a run that has a checksum")
     added.add_argument("run", type=Path, metavar="RUN")
     added.add_argument("--json", action="store_true")
-    added = command(_cmd_plot, "draw a run's curves into its plots/, by matplotlib")
-    added.add_argument("run", type=Path, metavar="RUN")
     added = command(_cmd_rebuild, "write a run's TensorBoard events anew from its journal")
     added.add_argument("run", type=Path, metavar="RUN")
+    added = command(_cmd_plot, "draw a run's curves into its plots/, by matplotlib")
+    added.add_argument("run", type=Path, metavar="RUN")
+    added = command(_cmd_run, "run a training script as it is, and record what can be seen")
+    added.add_argument("script", type=Path, metavar="TRAIN.PY")
+    added.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS")
     added = command(_cmd_tb, "start TensorBoard on this machine's loopback")
     added.add_argument("dir", nargs="?", type=Path, default=script_dir() / "logs/tb", metavar="DIR")
     added.add_argument("--port", type=int, default=int(os.environ.get("TB_PORT", 6006)))
@@ -2964,6 +3128,17 @@ def _cmd_plot(options: Any) -> int:
     with contextlib.suppress(AttributeError, OSError):  # Windows
         os.nice(19)  # the cores are the training's
     print(plot(options.run))
+    return 0
+
+
+def _cmd_run(options: Any) -> int:
+    if not options.script.is_file():
+        raise ObservabilityError(f"{options.script} is no file; give the training script")
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    import observability  # a script that imports it must find the copy that records
+
+    del sys.path[0]
+    observability.run_script(options.script, options.arguments)
     return 0
 
 

@@ -82,13 +82,13 @@ def test_the_script_without_its_marked_lines_needs_nothing_of_ours(tmp_path):
 
 
 def test_the_tree_of_a_run_is_what_a_run_leaves(own_folder):
-    [tree] = blocks("text")
+    tree, _ = blocks("text")
     for line in tree.splitlines():
         name = line.split()[0]
         if name.startswith("logs/tb/"):
             assert list((own_folder / "logs" / "tb").glob("fit_*/events.out.tfevents.*"))
         elif name != "out/fit/":
-            assert (own_folder / "out" / "fit" / name).is_file()
+            assert (own_folder / "out" / "fit" / name).exists()
     left = {path.name for path in (own_folder / "out" / "fit").iterdir()}
     assert left == {line.split()[0] for line in tree.splitlines()[2:]}
 
