@@ -13,7 +13,8 @@ certainly bound where it stands, calls no function of the script, reads no batch
 flow nowhere but in the guards `if obs.skip_epoch(): continue`, `if obs.skip_batch(): continue`.
 Where that cannot be kept, the line is left out and said, with its number and the reason.
 
-Exit status: 0 found, 1 nothing to patch in this file (it says where to look), 2 cannot do it.
+For other programs: `patch(source)` gives the patched bytes and the plan, `reverse(source)` the
+original. Exit status: 0 found, 1 nothing to patch in this file (it says where to look), 2 error.
 """
 
 from __future__ import annotations
@@ -33,36 +34,33 @@ import tokenize
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache, cached_property
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["Insertion", "PatchError", "Plan", "Script", "apply_pinned", "plan", "reverse"]
+__all__ = ["Insertion", "PatchError", "Plan", "Script", "patch", "plan", "reverse"]
 
 MARK = "# observability"
 PARTS = ("log", "validation", "resume")
-# Within one line of the original, what is added keeps this order.
-ORDER = {
-    "import": 0,
-    "init": 1,
-    "watch": 2,
-    "skip": 3,
-    "resume": 4,
-    "validation": 5,
-    "step": 6,
-    "finish": 7,
-}
+# Each kind of line and the part that it belongs to. Between the same two lines of the original,
+# what is added stands in this order.
+KINDS = {"import": "log", "init": "log", "watch": "log", "skip": "resume", "resume": "resume",
+         "validation": "validation", "step": "log", "finish": "log"}
 OURS = re.compile(
     r"\s*(?:import observability\b|(?:if .*: |[\w.,\s]+ = )?(?:obs|observability)\.\w+\(|"
-    r"if (?:obs|observability)\.skip_\w+\()"
-)
+    r"if (?:obs|observability)\.skip_\w+\()")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Scope = ast.Module | ast.FunctionDef | ast.AsyncFunctionDef
 Loop = ast.For | ast.AsyncFor | ast.While
-LOOPS = (ast.For, ast.AsyncFor, ast.While)
+Names = frozenset[str]
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+DEFINITIONS = (*FUNCTIONS, ast.ClassDef)
+FORS = (ast.For, ast.AsyncFor)
+LOOPS = (*FORS, ast.While)
+WITHS = (ast.With, ast.AsyncWith)
 EXITS = (ast.Break, ast.Continue, ast.Return)
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 class PatchError(Exception):
@@ -81,8 +79,6 @@ class Insertion:
     indent: str
     kind: str
     code: str
-    part: str
-    why: str
     confidence: str = "sure"
 
 
@@ -102,10 +98,10 @@ class Plan:
     notes: list[Note] = field(default_factory=list)
     parts: dict[str, str] = field(default_factory=dict)
 
-    def note(self, where: ast.AST | int, text: str) -> None:
-        line = where if isinstance(where, int) else getattr(where, "lineno", 1)
-        if Note(line, text) not in self.notes:
-            self.notes.append(Note(line, text))
+    def note(self, where: ast.AST, text: str) -> None:
+        note = Note(getattr(where, "lineno", 1), text)
+        if note not in self.notes:
+            self.notes.append(note)
 
 
 @dataclass(frozen=True)
@@ -127,6 +123,143 @@ class Binding:
     scope: Scope
 
 
+def patch(source: bytes, name: str = "train.py",
+          parts: Sequence[str] = PARTS) -> tuple[bytes, Plan]:
+    """The patched source and what was found; raises PatchError, NothingToPatch."""
+    script = Script(source, name)
+    found = plan(script, parts)
+    return patched(script, found.insertions), found
+
+
+# --- The syntax tree -------------------------------------------------------------------------
+def dotted(expr: ast.AST | None) -> str:
+    """`a.b.c` for a chain of names, '' for anything else; a subscript is passed over."""
+    if isinstance(expr, ast.Name):
+        return expr.id
+    if isinstance(expr, ast.Subscript):
+        return dotted(expr.value)
+    if isinstance(expr, ast.Attribute) and not isinstance(expr.value, ast.Subscript):
+        base = dotted(expr.value)
+        return f"{base}.{expr.attr}" if base else ""
+    return ""
+
+
+def last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def method_call(node: ast.AST) -> tuple[str, str]:
+    """`("optimizer", "step")` for `optimizer.step()`; two empty strings for anything else."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        return dotted(node.func.value), node.func.attr
+    return "", ""
+
+
+def called(node: ast.AST | None) -> str:
+    """The last name of the function that a call calls; '' for anything else."""
+    return last(dotted(node.func)) if isinstance(node, ast.Call) else ""
+
+
+def walk(node: ast.AST, into: tuple[type, ...] = ()) -> Iterator[ast.AST]:
+    """`node` and all in it, in the order of the source, but not what lies in types of `into`."""
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        yield current
+        if current is node or not isinstance(current, into):
+            stack.extend(reversed(list(ast.iter_child_nodes(current))))
+
+
+@lru_cache(maxsize=8192)
+def own(node: ast.AST) -> tuple[ast.AST, ...]:
+    """`node` and what is in it, but not the code of functions and classes defined there."""
+    return tuple(walk(node, DEFINITIONS))
+
+
+@lru_cache(maxsize=512)
+def own_set(node: ast.AST) -> frozenset[ast.AST]:
+    return frozenset(own(node))
+
+
+def own_all(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    for node in nodes:
+        yield from own(node)
+
+
+def unpack(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, ast.expr, int | None]]:
+    """Each name of an assignment's target with its value, or with the whole and an index."""
+    if isinstance(target, (ast.Tuple, ast.List)):
+        paired = isinstance(value, (ast.Tuple, ast.List)) and len(value.elts) == len(target.elts)
+        parts = getattr(value, "elts", []) if paired else [value] * len(target.elts)
+        for index, (element, part) in enumerate(zip(target.elts, parts, strict=True)):
+            for name, inner, deeper in unpack(element, part):
+                yield name, inner, deeper if paired else index
+    elif isinstance(target, ast.Starred):
+        yield from unpack(target.value, value)
+    elif isinstance(target, (ast.Name, ast.Attribute)) and dotted(target):
+        yield dotted(target), value, None
+
+
+def names_in(target: ast.expr) -> list[str]:
+    return [name for name, _, _ in unpack(target, target)]
+
+
+def targets(node: ast.AST) -> list[str]:
+    """The names that a statement itself binds, header only for a compound one."""
+    if isinstance(node, DEFINITIONS):
+        return [node.name]
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return [alias.asname or alias.name.split(".")[0] for alias in node.names]
+    found: list[ast.expr] = []
+    if isinstance(node, ast.Assign):
+        found = node.targets
+    elif isinstance(node, (ast.AugAssign, *FORS, ast.NamedExpr)) or (
+            isinstance(node, ast.AnnAssign) and node.value is not None):
+        found = [node.target]
+    elif isinstance(node, WITHS):
+        found = [item.optional_vars for item in node.items if item.optional_vars]
+    return [name for target in found for name in names_in(target)]
+
+
+def makers(value: ast.expr) -> Iterator[ast.Call]:
+    """The calls whose result a value is: through `a if c else b`, lists, and `a or b`."""
+    if isinstance(value, ast.Call):
+        yield value
+        return
+    parts: list[ast.expr] = []
+    if isinstance(value, ast.IfExp):
+        parts = [value.body, value.orelse]
+    elif isinstance(value, (ast.List, ast.Tuple)):
+        parts = value.elts
+    elif isinstance(value, ast.ListComp):
+        parts = [value.elt]
+    elif isinstance(value, ast.BoolOp):
+        parts = value.values
+    for part in parts:
+        yield from makers(part)
+
+
+def parameters(scope: Scope) -> list[str]:
+    if isinstance(scope, ast.Module):
+        return []
+    spec = scope.args
+    extra = [arg for arg in (spec.vararg, spec.kwarg) if arg]
+    return [arg.arg for arg in [*spec.posonlyargs, *spec.args, *spec.kwonlyargs, *extra]]
+
+
+@lru_cache(maxsize=512)
+def locals_of(scope: Scope) -> Names:
+    """Plain names that are local to a function (for the module: its own)."""
+    names, declared = set(parameters(scope)), set()
+    for node in own_all(scope.body):
+        names |= {name for name in targets(node) if "." not in name}
+        if isinstance(node, (ast.Global, ast.Nonlocal)):
+            declared |= set(node.names)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            names.add(node.name)
+    return frozenset(names - declared)
+
+
 # --- The script ------------------------------------------------------------------------------
 class Script:
     """A parsed script: its lines, who contains whom, who binds and who calls what."""
@@ -134,31 +267,35 @@ class Script:
     def __init__(self, data: bytes, name: str = "train.py") -> None:
         self.data, self.name = data, name
         self.rows = split_lines(data)
-        text = self._decode()
-        self.source = "".join(line.rstrip("\r\n") + "\n" for line in _text_lines(text))
+        self.encoding, self.lines = self._decode()
+        self.source = "".join(line + "\n" for line in self.lines)
         self.tree = self._parse()
+        self.spans = self._logical_lines()
         self.nodes = list(walk(self.tree))
+        self.calls = [node for node in self.nodes if isinstance(node, ast.Call)]
+        self.functions = [node for node in self.nodes if isinstance(node, FUNCTIONS)]
         self.parent: dict[ast.AST, ast.AST] = {}
-        self.home: dict[ast.stmt, Spot] = {}
-        self.calls: list[ast.Call] = []
-        self.functions: list[Function] = []
-        self._index()
-        self.logical = self._logical_lines()
-        self.imports = self._imports()
+        self.home: dict[ast.AST, Spot] = {}
+        for node in self.nodes:
+            self.parent.update(dict.fromkeys(ast.iter_child_nodes(node), node))
+            for block in blocks(node):
+                self.home.update({stmt: Spot(block, i) for i, stmt in enumerate(block)})
+        self.imports = dict(pair for node in self.nodes for pair in imported(node))
         self.bindings: dict[str, list[Binding]] = {}
         for node in self.nodes:
             for binding in self._bindings_of(node):
                 self.bindings.setdefault(binding.name, []).append(binding)
+        self._flows: dict[Scope, Flow] = {}
 
-    def _decode(self) -> str:
+    def _decode(self) -> tuple[str, list[str]]:
         try:
-            self.encoding, _ = tokenize.detect_encoding(io.BytesIO(self.data).readline)
-            text = self.data.decode(self.encoding)
-        except (SyntaxError, UnicodeDecodeError, LookupError) as error:
+            encoding, _ = tokenize.detect_encoding(io.BytesIO(self.data).readline)
+            lines = [row.decode(encoding) for row in self.rows]
+            if "".join(lines) != self.data.decode(encoding):
+                raise UnicodeError(f"the encoding {encoding} hides line ends")
+        except (SyntaxError, UnicodeError, LookupError) as error:
             raise PatchError(f"{self.name}: cannot be read as text: {error}") from error
-        if len(_text_lines(text)) != len(self.rows):
-            raise PatchError(f"{self.name}: its encoding {self.encoding} hides line ends")
-        return text
+        return encoding, [line.rstrip("\r\n") for line in lines]
 
     def _parse(self) -> ast.Module:
         try:
@@ -170,66 +307,35 @@ class Script:
             version = ".".join(map(str, sys.version_info[:2]))
             raise PatchError(
                 f"{self.name}:{line}: Python {version} cannot parse this script ({error}); if it "
-                f"needs another Python, run autopatch.py with that one"
-            ) from error
-
-    def _index(self) -> None:
-        for node in self.nodes:
-            for child in children(node):
-                self.parent[child] = node
-            for block in blocks(node):
-                for index, stmt in enumerate(block):
-                    self.home[stmt] = Spot(block, index)
-            if isinstance(node, ast.Call):
-                self.calls.append(node)
-            elif isinstance(node, FUNCTIONS):
-                self.functions.append(node)
+                f"needs another Python, run autopatch.py with that one") from error
 
     def _logical_lines(self) -> dict[int, tuple[int, int]]:
         """Physical line -> first and last line of the logical line that it belongs to."""
-        lines: dict[int, tuple[int, int]] = {}
-        skip = {tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT}
+        spans: dict[int, tuple[int, int]] = {}
+        skipped = {tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT}
         first = 0
         try:
             for token in tokenize.generate_tokens(io.StringIO(self.source).readline):
                 if token.type == tokenize.NEWLINE:
                     span = (first or token.start[0], token.end[0])
-                    lines.update(dict.fromkeys(range(span[0], span[1] + 1), span))
+                    spans.update(dict.fromkeys(range(span[0], span[1] + 1), span))
                     first = 0
-                elif token.type not in skip and not first:
+                elif token.type not in skipped and not first:
                     first = token.start[0]
         except (tokenize.TokenError, SyntaxError) as error:
             raise PatchError(f"{self.name}: cannot be cut into lines: {error}") from error
-        return lines
-
-    def _imports(self) -> dict[str, str]:
-        table: dict[str, str] = {}
-        for node in self.nodes:
-            if isinstance(node, ast.Import):
-                for alias in node.names:
-                    table[alias.asname or alias.name.split(".")[0]] = (
-                        alias.name if alias.asname else alias.name.split(".")[0]
-                    )
-            elif isinstance(node, ast.ImportFrom):
-                for alias in node.names:
-                    base = "." * node.level + (node.module or "")
-                    table[alias.asname or alias.name] = f"{base}.{alias.name}".lstrip(".")
-        return table
+        return spans
 
     def _bindings_of(self, node: ast.AST) -> Iterator[Binding]:
+        places: list[ast.expr] = []
         if isinstance(node, ast.Assign):
-            places: list[ast.expr] = node.targets
+            places = node.targets
         elif isinstance(node, (ast.AnnAssign, ast.AugAssign, ast.NamedExpr)):
             places = [node.target]
-        else:
-            return
-        value = node.value
-        if value is None:  # `x: int`
-            return
-        stmt = self.stmt_of(node)
-        for target in places:
+        value: Any = getattr(node, "value", None)
+        for target in places if isinstance(value, ast.expr) else []:
             for name, part, index in unpack(target, value):
-                yield Binding(name, part, index, stmt, self.scope_of(stmt))
+                yield Binding(name, part, index, self.stmt_of(node), self.scope_of(node))
 
     # -- where things are
     def stmt_of(self, node: ast.AST) -> ast.stmt:
@@ -249,87 +355,117 @@ class Script:
         parent = self.parent.get(scope)
         return parent if isinstance(parent, ast.ClassDef) else None
 
-    def above(self, node: ast.AST) -> Iterator[ast.AST]:
-        """The nodes around `node`, from the inside, up to its own function."""
+    def above(self, node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
+        """What is around `node`, up to its own function, each with its child on the way."""
         while node in self.parent:
-            node = self.parent[node]
+            node, child = self.parent[node], node
             if isinstance(node, (*FUNCTIONS, ast.Lambda, ast.Module)):
                 return
-            yield node
+            yield node, child
 
     def inside(self, node: ast.AST, outer: ast.AST) -> bool:
         while node is not outer and node in self.parent:
             node = self.parent[node]
         return node is outer
 
+    def index_in(self, block: Sequence[ast.stmt], node: ast.AST) -> int:
+        """Which statement of `block` holds `node`."""
+        return next(i for i, stmt in enumerate(block) if self.inside(node, stmt))
+
     def loops_around(self, node: ast.AST) -> list[Loop]:
-        found: list[Loop] = []
-        child = node
-        for parent in self.above(node):
-            # The iterable and the `else` of a loop run once, not once an iteration.
-            if isinstance(parent, LOOPS) and (
-                child in parent.body or (isinstance(parent, ast.While) and child is parent.test)
-            ):
-                found.append(parent)
-            child = parent
+        """From the inside; the iterable and the `else` of a loop run once, not once a turn."""
+        return [parent for parent, child in self.above(node) if isinstance(parent, LOOPS)
+                and (child in parent.body or child is getattr(parent, "test", None))]
+
+    def after(self, stmt: ast.AST, end: tuple[type, ...] = ()) -> list[ast.stmt]:
+        """The statements that come behind `stmt` in its function, or up to an owner in `end`."""
+        found: list[ast.stmt] = []
+        while stmt in self.home and not isinstance(stmt, DEFINITIONS):
+            spot = self.behind(stmt)
+            found += spot.block[spot.index :]
+            stmt = self.parent[stmt]
+            if isinstance(stmt, end):
+                break
         return found
 
+    def behind(self, stmt: ast.AST) -> Spot:
+        return Spot(self.home[stmt].block, self.home[stmt].index + 1)
+
+    # -- what names mean
     def resolve(self, expr: ast.expr) -> str:
         """The dotted name of an expression with the import aliases undone, or ''."""
-        name = dotted(expr)
-        head, _, rest = name.partition(".")
+        head, _, rest = dotted(expr).partition(".")
         head = self.imports.get(head, head)
         return f"{head}.{rest}" if rest else head
 
-    def callers(self, function: Function) -> list[ast.Call]:
-        owner = self.class_of(function)
-        return [
-            call
-            for call in self.calls
-            if self.scope_of(call) is not function and self._calls(call, function, owner)
-        ]
+    def made(self, name: str) -> list[ast.Call]:
+        """The calls that a name's values come from."""
+        return [call for b in self.bindings.get(name, []) for call in makers(b.value)]
 
-    def _calls(self, call: ast.Call, function: Function, owner: ast.ClassDef | None) -> bool:
-        func = call.func
-        if isinstance(func, ast.Name):
-            return owner is None and func.id == function.name
-        if owner is None or not isinstance(func, ast.Attribute) or func.attr != function.name:
+    def is_function(self, name: str) -> bool:
+        """Whether a name is imported, or defined here as a function."""
+        return name.partition(".")[0] in self.imports or any(
+            f.name == last(name) for f in self.functions)
+
+    def callers(self, function: Function) -> list[ast.Call]:
+        return [call for call in self.calls
+                if self.scope_of(call) is not function and self._calls(call, function)]
+
+    def definition(self, call: ast.Call) -> Function | None:
+        return next((f for f in self.functions
+                     if f.name == called(call) and self._calls(call, f)), None)
+
+    def _calls(self, call: ast.Call, function: Function) -> bool:
+        owner, func = self.class_of(function), call.func
+        if owner is None or not isinstance(func, ast.Attribute):
+            return owner is None and isinstance(func, ast.Name) and func.id == function.name
+        if func.attr != function.name:
             return False
         if dotted(func.value) == "self":
             scope = self.scope_of(call)
-            return any(self.class_of(s) is owner for s in (scope, self.scope_of(scope)))
-        makers = [b.value for b in self.bindings.get(dotted(func.value), [])] + [func.value]
-        return any(isinstance(m, ast.Call) and last(dotted(m.func)) == owner.name for m in makers)
+            return owner in (self.class_of(scope), self.class_of(self.scope_of(scope)))
+        return owner.name in map(called, [func.value, *self.made(dotted(func.value))])
 
-    def definition(self, call: ast.Call) -> Function | None:
-        return next(
-            (
-                f
-                for f in self.functions
-                if f.name == last(dotted(call.func)) and self._calls(call, f, self.class_of(f))
-            ),
-            None,
-        )
+    def bound(self, spot: Spot) -> Names:
+        """The names that are certainly bound at a spot."""
+        flow = self._flow(self.scope_of(spot.block[0]))
+        return flow.before.get((id(spot.block), spot.index), frozenset()) - DEAD
+
+    def _flow(self, scope: Scope) -> Flow:
+        if scope not in self._flows:
+            self._flows[scope] = Flow()
+            self._flows[scope].block(scope.body, self._at_entry(scope))
+        return self._flows[scope]
+
+    def _at_entry(self, scope: Scope) -> Names:
+        """Parameters, what the enclosing functions and the module bind, and `self.x`."""
+        if isinstance(scope, ast.Module):
+            return frozenset()
+        outer = self.bound(Spot(self.tree.body, len(self.tree.body)))
+        if isinstance(self.scope_of(scope), FUNCTIONS):
+            outer |= self.bound(self.home[scope])
+        hidden = locals_of(scope)
+        names = {name for name in outer if name.partition(".")[0] not in hidden}
+        owner = self.class_of(scope)
+        for f in owner.body if owner and scope.name != "__init__" else []:
+            if isinstance(f, FUNCTIONS) and f.name == "__init__":
+                end = self.bound(Spot(f.body, len(f.body)))
+                names |= {name for name in end if name.startswith("self.")}
+        return frozenset(names.union(parameters(scope)))
 
     # -- where a line can be added
     def own_line(self, stmt: ast.stmt) -> bool:
         """Whether `stmt` starts its own line (it is not behind a `;` or a one-line `if x:`)."""
-        row = self.source_row(first_line(stmt))
-        span = self.logical[first_line(stmt)]
-        col = min([stmt.col_offset, *(d.col_offset for d in getattr(stmt, "decorator_list", []))])
-        return span[0] == first_line(stmt) and not row.encode()[:col].strip(b" \t\f@")
-
-    def source_row(self, line: int) -> str:
-        return self._source_rows[line - 1]
-
-    @cached_property
-    def _source_rows(self) -> list[str]:
-        return self.source.split("\n")
+        line = first_line(stmt)
+        decorators = getattr(stmt, "decorator_list", [])
+        column = min([stmt.col_offset, *(d.col_offset for d in decorators)])
+        before = self.lines[line - 1].encode()[:column]
+        return self.spans[line][0] == line and not before.strip(b" \t\f@")
 
     def indent_of(self, block: list[ast.stmt]) -> str | None:
         if not self.own_line(block[0]):
             return None
-        row = self.source_row(first_line(block[0]))
+        row = self.lines[first_line(block[0]) - 1]
         return row[: len(row) - len(row.lstrip(" \t\f"))]
 
     def line_of(self, spot: Spot) -> int | None:
@@ -337,28 +473,18 @@ class Script:
         block, index = spot.block, spot.index
         if self.indent_of(block) is None:
             return None
-        if index == 0:
-            return self._line_after_header(block[0])
-        end = self.logical[block[index - 1].end_lineno or 1][1]
-        if index < len(block) and first_line(block[index]) <= end:
-            return None
-        return end + 1
-
-    def _line_after_header(self, stmt: ast.stmt) -> int:
-        """Above the comments that stand over a block's first statement."""
-        line = first_line(stmt)
-        while line > 1 and (line - 1) not in self.logical:
-            line -= 1
-        return line
+        if index == 0:  # above the comments that stand over a block's first statement
+            line = first_line(block[0])
+            while line > 1 and (line - 1) not in self.spans:
+                line -= 1
+            return line
+        end = self.spans[block[index - 1].end_lineno or 1][1]
+        return None if index < len(block) and first_line(block[index]) <= end else end + 1
 
 
 def split_lines(data: bytes) -> list[bytes]:
     """Lines with their ends, cut where Python cuts them: \\n, \\r\\n or \\r, and nowhere else."""
     return re.findall(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+\Z", data)
-
-
-def _text_lines(text: str) -> list[str]:
-    return re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+\Z", text)
 
 
 def blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
@@ -373,487 +499,270 @@ def first_line(stmt: ast.stmt) -> int:
     return min([stmt.lineno, *lines])
 
 
-def dotted(expr: ast.AST | None) -> str:
-    """`a.b.c` for a chain of names, '' for anything else; a subscript is passed over."""
-    if isinstance(expr, ast.Name):
-        return expr.id
-    if isinstance(expr, ast.Subscript):
-        return dotted(expr.value)
-    if isinstance(expr, ast.Attribute) and not isinstance(expr.value, ast.Subscript):
-        base = dotted(expr.value)
-        return f"{base}.{expr.attr}" if base else ""
-    return ""
+def imported(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """Each name that an import binds, and what it stands for."""
+    for alias in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else []:
+        if isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield alias.asname or alias.name, f"{module}.{alias.name}".lstrip(".")
+        else:
+            head = alias.name.split(".")[0]
+            yield alias.asname or head, alias.name if alias.asname else head
 
 
-def last(name: str) -> str:
-    return name.rpartition(".")[2]
+# --- What is bound, and what is read unbound -------------------------------------------------
+DEAD = frozenset({"*"})  # added to the names of a path that does not come back
 
 
-def unpack(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, ast.expr, int | None]]:
-    if isinstance(target, (ast.Tuple, ast.List)):
-        same = isinstance(value, (ast.Tuple, ast.List)) and len(value.elts) == len(target.elts)
-        for index, element in enumerate(target.elts):
-            part = value.elts[index] if same else value  # type: ignore[attr-defined]
-            for name, inner, deeper in unpack(element, part):
-                yield name, inner, deeper if same else index
-    elif isinstance(target, ast.Starred):
-        yield from unpack(target.value, value)
-    elif isinstance(target, (ast.Name, ast.Attribute)) and dotted(target):
-        yield dotted(target), value, None
-
-
-def children(node: ast.AST) -> tuple[ast.AST, ...]:
-    """Kept on the node: the tree is walked many times and never changes."""
-    try:
-        return node._children  # type: ignore[attr-defined,no-any-return]
-    except AttributeError:
-        node._children = tuple(ast.iter_child_nodes(node))  # type: ignore[attr-defined]
-        return node._children  # type: ignore[attr-defined,no-any-return]
-
-
-def walk(node: ast.AST) -> Iterator[ast.AST]:
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        yield current
-        stack.extend(reversed(children(current)))
-
-
-def own(node: ast.AST) -> tuple[ast.AST, ...]:
-    """`node` and what is in it, but not the code of functions and classes defined there."""
-    try:
-        return node._own  # type: ignore[attr-defined,no-any-return]
-    except AttributeError:
-        node._own = tuple(_own(node))  # type: ignore[attr-defined]
-        return node._own  # type: ignore[attr-defined,no-any-return]
-
-
-def _own(node: ast.AST) -> Iterator[ast.AST]:
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        yield current
-        if current is node or not isinstance(current, (*FUNCTIONS, ast.ClassDef)):
-            stack.extend(reversed(children(current)))
-
-
-def own_all(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
-    for node in nodes:
-        yield from own(node)
-
-
-def targets(node: ast.AST) -> Iterator[str]:
-    """The names that a statement itself binds, header only for a compound one."""
-    found: list[ast.expr] = []
-    if isinstance(node, ast.Assign):
-        found = list(node.targets)
-    elif isinstance(node, ast.AnnAssign):
-        found = [node.target] if node.value is not None else []
-    elif isinstance(node, (ast.AugAssign, ast.For, ast.AsyncFor, ast.NamedExpr)):
-        found = [node.target]
-    elif isinstance(node, (ast.With, ast.AsyncWith)):
-        found = [item.optional_vars for item in node.items if item.optional_vars]
-    elif isinstance(node, (*FUNCTIONS, ast.ClassDef)):
-        yield node.name
-    elif isinstance(node, (ast.Import, ast.ImportFrom)):
-        for alias in node.names:
-            yield alias.asname or alias.name.split(".")[0]
-    for target in found:
-        yield from (name for name, _, _ in unpack(target, target))
-
-
-# --- What is certainly bound -----------------------------------------------------------------
-EVERYTHING = frozenset({"*"})  # "this path does not come back", the neutral element of `both`
-
-
-def both(a: frozenset[str], b: frozenset[str]) -> frozenset[str]:
-    if "*" in a:
+def meet(a: Names, b: Names) -> Names:
+    """The names bound on both of two paths, of those that come back."""
+    if a >= DEAD:
         return b
-    return a if "*" in b else a & b
+    return a if b >= DEAD else a & b
 
 
-def certain(block: Sequence[ast.stmt]) -> frozenset[str]:
-    """Names that are bound whenever control comes out at the end of `block`."""
-    names: set[str] = set()
-    for stmt in block:
-        names -= deleted(stmt)
-        names |= certain_stmt(stmt) | evaluated(stmt)
-        if isinstance(stmt, (*EXITS, ast.Raise)) or _is_exit_call(stmt):
-            return EVERYTHING
-    return frozenset(names)
+class Flow:
+    """One pass over statements: the names bound before each, and those read while unbound."""
 
+    def __init__(self) -> None:
+        self.before: dict[tuple[int, int], Names] = {}
+        self.unbound: dict[str, None] = {}
+        # What a test's branch bound is there when the same test is true again: presumed, not sure.
+        self.under: dict[str, Names] = {}
+        self.presumed: Names = frozenset()
 
-@cache
-def deleted(stmt: ast.stmt) -> frozenset[str]:
-    """Names that a statement may unbind, at any depth."""
-    return frozenset(
-        name
-        for node in own(stmt)
-        if isinstance(node, ast.Delete)
-        for target in node.targets
-        for name, _, _ in unpack(target, target)
-    )
+    def block(self, block: Sequence[ast.stmt], bound: Names) -> Names:
+        """Returns what is bound at its end; `bound` is what is bound at its start."""
+        for index, stmt in enumerate(block):
+            self.before[id(block), index] = bound
+            bound = self._stmt(stmt, bound)
+        self.before[id(block), len(block)] = bound
+        return bound
 
+    def _stmt(self, stmt: ast.stmt, bound: Names) -> Names:
+        if isinstance(stmt, ast.If):
+            return self._if(stmt, self.read(stmt.test, bound))
+        if isinstance(stmt, LOOPS):
+            return self._loop(stmt, bound)
+        if isinstance(stmt, WITHS):
+            for item in stmt.items:
+                bound = self.read(item.context_expr, bound)
+            return self.block(stmt.body, bound.union(targets(stmt)))
+        if hasattr(stmt, "handlers"):
+            return self._try(stmt, bound)
+        if isinstance(stmt, ast.Match):
+            bound = self.read(stmt.subject, bound)
+            for case in stmt.cases:
+                self.block(case.body, bound)
+            return bound - deleted(stmt)
+        if isinstance(stmt, DEFINITIONS):
+            self._closure(stmt, bound)
+            return bound.union(targets(stmt))
+        return self._simple(stmt, bound)
 
-def certain_stmt(stmt: ast.stmt) -> frozenset[str]:
-    if isinstance(stmt, ast.If):
-        return _certain_if(stmt)
-    if isinstance(stmt, (ast.With, ast.AsyncWith)):
-        return certain(stmt.body) | set(targets(stmt))
-    if isinstance(stmt, ast.Try):
-        result = certain([*stmt.body, *stmt.orelse])
+    def _simple(self, stmt: ast.stmt, bound: Names) -> Names:
+        if isinstance(stmt, ast.AugAssign) and dotted(stmt.target) not in bound:
+            self.unbound[dotted(stmt.target)] = None
+        if isinstance(stmt, ast.Assert):
+            self.read(stmt, bound)
+        elif not isinstance(stmt, ast.Delete):
+            bound = self.read(stmt, bound)
+        bound = bound.union(targets(stmt)) - deleted(stmt)
+        return bound | DEAD if leaves(stmt) else bound
+
+    def _if(self, stmt: ast.If, bound: Names) -> Names:
+        test, presumed = ast.unparse(stmt.test), self.presumed
+        self.presumed |= self.under.get(test, frozenset())
+        taken = self.block(stmt.body, bound)
+        self.under[test] = self.under.get(test, frozenset()) | taken
+        self.presumed = presumed
+        other = self.block(stmt.orelse, bound)
+        main = isinstance(stmt.test, ast.Compare) and dotted(stmt.test.left) == "__name__"
+        return taken if main else meet(taken, other)
+
+    def _loop(self, loop: Loop, bound: Names) -> Names:
+        bound = self.read(loop.test if isinstance(loop, ast.While) else loop.iter, bound)
+        bound -= deleted(loop)  # in the turn before
+        end = self.block(loop.body, bound.union(targets(loop)))
+        self.block(loop.orelse, bound)
+        # A loop over batches that back-propagates runs at least once, or nothing is learned.
+        return end if isinstance(loop, FORS) and propagates(loop) and not end >= DEAD else bound
+
+    def _try(self, stmt: Any, bound: Names) -> Names:
+        end = self.block(stmt.orelse, self.block(stmt.body, bound))
+        bound -= deleted(stmt)
         for handler in stmt.handlers:
-            result = both(result, certain(handler.body))
-        return result | certain(stmt.finalbody)
-    if isinstance(stmt, (ast.For, ast.AsyncFor)):
-        # An accumulation loop that back-propagates runs at least once, or nothing would be learned.
-        return certain(stmt.body) | set(targets(stmt)) if _propagates(stmt) else frozenset()
-    if isinstance(stmt, ast.While):
+            end = meet(end, self.block(handler.body, bound | {handler.name or ""}))
+        return end | self.block(stmt.finalbody, bound)
+
+    def _closure(self, node: ast.AST, bound: Names) -> None:
+        """A function may be called at once: it reads what it does not bind itself."""
+        hidden = locals_of(node) if isinstance(node, FUNCTIONS) else frozenset()
+        self.unbound |= dict.fromkeys(loads(walk(node)) - bound - hidden)
+
+    def read(self, node: ast.AST, bound: Names) -> Names:
+        """Returns the names that are bound once `node` has been evaluated."""
+        inside = {arg.arg for n in own(node) if isinstance(n, ast.arguments) for arg in n.args}
+        for part in own(node):
+            if isinstance(part, ast.comprehension):
+                inside |= loads(walk(part.target), ast.Store)
+        for name in sorted(loads(own(node)) - bound - self.presumed):
+            if name.partition(".")[0] not in inside:
+                self.unbound[name] = None
+        return bound | always(node)
+
+
+def loads(nodes: Iterable[ast.AST], context: type = ast.Load) -> Names:
+    return frozenset(dotted(n) for n in nodes if isinstance(n, (ast.Name, ast.Attribute))
+                     and isinstance(n.ctx, context)) - {""}
+
+
+def always(node: ast.AST) -> Names:
+    """Names that are read or bound whenever `node` is evaluated: behind it, they are bound."""
+    sometimes = (ast.IfExp, ast.BoolOp, ast.Lambda, *COMPREHENSIONS)
+    if isinstance(node, sometimes):
         return frozenset()
-    return frozenset(targets(stmt))
+    sure = [n for n in walk(node, sometimes) if not isinstance(n, sometimes)]
+    return loads(sure) | {name for n in sure for name in targets(n)}
 
 
-@cache
-def evaluated(stmt: ast.stmt) -> frozenset[str]:
-    """Names that a statement always reads: behind it, they are bound."""
-    if isinstance(stmt, (*FUNCTIONS, ast.ClassDef, ast.Delete, ast.Try)):
-        return frozenset()
-    heads: list[ast.AST] = [stmt]
-    if isinstance(stmt, (ast.If, ast.While)):
-        heads = [stmt.test]
-    elif isinstance(stmt, (ast.For, ast.AsyncFor)):
-        heads = [stmt.iter]
-    elif isinstance(stmt, (ast.With, ast.AsyncWith)):
-        heads = [item.context_expr for item in stmt.items]
-    elif not isinstance(stmt, (ast.Expr, ast.Assign, ast.AugAssign, ast.Assert)):
-        return frozenset()
-    return frozenset(name for head in heads for name in _read_always(head)) - {""}
+def deleted(stmt: ast.stmt) -> Names:
+    """Names that a statement may unbind, at any depth."""
+    return frozenset(name for node in own(stmt) if isinstance(node, ast.Delete)
+                     for target in node.targets for name in names_in(target))
 
 
-def _read_always(node: ast.AST) -> Iterator[str]:
-    if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Load):
-        yield dotted(node)
-    later: Sequence[ast.AST] = children(node)
-    if isinstance(node, ast.IfExp):
-        later = [node.test]
-    elif isinstance(node, ast.BoolOp):
-        later = node.values[:1]
-    elif isinstance(node, ast.Compare):
-        later = [node.left, node.comparators[0]]
-    elif isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
-        later = [node.generators[0].iter]
-    elif isinstance(node, (ast.Lambda, ast.Assert)):
-        later = [node.test] if isinstance(node, ast.Assert) else []
-    for child in later:
-        yield from _read_always(child)
+def leaves(stmt: ast.stmt) -> bool:
+    """Whether control does not come out behind a simple statement."""
+    exits = {"sys.exit", "exit", "quit", "os._exit"}
+    return isinstance(stmt, (*EXITS, ast.Raise)) or (
+        isinstance(stmt, ast.Expr) and isinstance(stmt.value, ast.Call)
+        and dotted(stmt.value.func) in exits)
 
 
-def _certain_if(stmt: ast.If) -> frozenset[str]:
-    if is_main_guard(stmt):
-        return certain(stmt.body)
-    return both(certain(stmt.body), certain(stmt.orelse))
-
-
-def _propagates(loop: ast.AST) -> bool:
+def propagates(loop: ast.AST) -> bool:
     return any(isinstance(n, ast.Attribute) and n.attr == "backward" for n in own(loop))
-
-
-def _is_exit_call(stmt: ast.stmt) -> bool:
-    return (
-        isinstance(stmt, ast.Expr)
-        and isinstance(stmt.value, ast.Call)
-        and dotted(stmt.value.func) in {"sys.exit", "exit", "quit", "os._exit"}
-    )
-
-
-def is_main_guard(stmt: ast.stmt) -> bool:
-    return (
-        isinstance(stmt, ast.If)
-        and isinstance(stmt.test, ast.Compare)
-        and dotted(stmt.test.left) == "__name__"
-    )
-
-
-def parameters(scope: Scope) -> set[str]:
-    if isinstance(scope, ast.Module):
-        return set()
-    spec = scope.args
-    plain = [*spec.posonlyargs, *spec.args, *spec.kwonlyargs]
-    return {arg.arg for arg in [*plain, *filter(None, [spec.vararg, spec.kwarg])]}
-
-
-@cache
-def locals_of(scope: Scope) -> frozenset[str]:
-    """Plain names that are local to a function (for the module: its own)."""
-    names, declared = set(parameters(scope)), set()
-    for node in own_all(scope.body):
-        names |= {name for name in targets(node) if "." not in name}
-        if isinstance(node, (ast.Global, ast.Nonlocal)):
-            declared |= set(node.names)
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            names.add(node.name)
-    return frozenset(names - declared)
-
-
-class Bound:
-    """Answers which names are certainly bound at a spot."""
-
-    def __init__(self, script: Script) -> None:
-        self.script = script
-        self._module = certain(script.tree.body)
-        self._cache: dict[tuple[int, int], frozenset[str]] = {}
-
-    def at(self, spot: Spot) -> frozenset[str]:
-        key = (id(spot.block), spot.index)
-        if key not in self._cache:
-            self._cache[key] = self._at(spot)
-        return self._cache[key]
-
-    def _at(self, spot: Spot) -> frozenset[str]:
-        names: set[str] = set()
-        gone: set[str] = set()  # unbound later on the way to the spot
-        stmt = spot.block[0]
-        block, index = spot.block, spot.index
-        while True:
-            here = certain(block[:index]) - {"*"}
-            names |= here - gone
-            gone |= {n for s in block[:index] for n in deleted(s)} - here
-            owner = self.script.parent[stmt]
-            if isinstance(owner, ast.ExceptHandler):
-                owner = self.script.parent[owner]
-            elif isinstance(owner, (*LOOPS, ast.With, ast.AsyncWith)) and block is owner.body:
-                names |= set(targets(owner)) - gone
-                names |= set(evaluated(owner)) - gone
-                if isinstance(owner, LOOPS):  # unbound in the iteration before
-                    gone |= deleted(owner) - names
-            elif isinstance(owner, ast.If) and block is owner.body:
-                names |= evaluated(owner) - gone
-            if not isinstance(owner, ast.stmt) or isinstance(owner, (*FUNCTIONS, ast.ClassDef)):
-                break
-            stmt = owner
-            block, index = self.script.home[owner].block, self.script.home[owner].index
-        return frozenset(names | self._from_outside(owner) - gone)
-
-    def _from_outside(self, scope: ast.AST) -> set[str]:
-        if not isinstance(scope, FUNCTIONS):
-            return set()
-        names = set(parameters(scope))
-        hidden = locals_of(scope)
-        names |= self._attributes(scope)
-        outer = self.script.scope_of(scope)
-        if isinstance(outer, FUNCTIONS):
-            names |= self.at(self.script.home[scope]) - hidden
-        return names | {n for n in self._module if n.partition(".")[0] not in hidden}
-
-    def _attributes(self, scope: Function) -> set[str]:
-        """`self.x` that `__init__` always sets."""
-        owner = self.script.class_of(scope)
-        inits = (
-            [f for f in owner.body if isinstance(f, FUNCTIONS) and f.name == "__init__"]
-            if owner and scope.name != "__init__"
-            else []
-        )
-        return {n for f in inits for n in certain(f.body) if n.startswith("self.")}
 
 
 # --- What the names stand for ----------------------------------------------------------------
 OPTIMIZER_CALL = re.compile(
-    r"^(?:\w*Adam\w*|\w*SGD\w*|RMSprop|Adagrad|Adadelta|Rprop|LBFGS|Lion\w*|\w*Muon\w*|Sophia\w*|"
+    r"^torch\.optim\.(?!lr_scheduler|swa_)|"
+    r"(?:^|\.)(?!\w*(?i:param|group|state|zero|_lr|step|sched))(?:"
+    r"\w*Adam\w*|\w*SGD\w*|RMSprop|Adagrad|Adadelta|Rprop|LBFGS|Lion\w*|\w*Muon\w*|Sophia\w*|"
     r"L[Aa][Mm][Bb]|LARS|Adafactor|Adan|SAM|\w*Shampoo|SOAP\w*|Prodigy|Ranger\w*|DAdapt\w*|"
-    r"ScheduledOptim|NoamOpt|Optim|ZeroRedundancyOptimizer)$|[Oo]ptimizers?\w*$|"
-    r"(?:get|make|build|create|setup|configure)_optim\w*$|optimizer_class|optim_cls"
-)
-NOT_OPTIMIZER_CALL = re.compile(r"param|group|state|zero|_lr|step|scheduler|sched", re.I)
+    r"ScheduledOptim|NoamOpt|Optim|\w*[Oo]ptimizers?\w*|optim_cls|"
+    r"(?:get|make|build|create|setup|configure)_optim\w*)$")
 OPTIMIZER_NAME = re.compile(r"optim|(?:^|_)opt(?:s|_|\d|$)|^opt[A-Z]|Opt$|solver$", re.I)
 SCHEDULER_CALL = re.compile(
-    r"(?:LR|Scheduler|ReduceLROnPlateau|WarmRestarts)$|^get_\w*schedul|"
-    r"(?:build|create|make|get)_(?:lr_)?sched\w*$",
-    re.I,
-)
+    r"(?:LR|Scheduler|ReduceLROnPlateau|WarmRestarts)$|(?:^|\.)get_\w*schedul|"
+    r"(?:build|create|make|get)_(?:lr_)?sched\w*$", re.I)
 SCHEDULER_NAME = re.compile(r"sched|^lr_decay$|warmup_lr", re.I)
-SCALER_NAME = re.compile(r"scaler", re.I)
+SCALER_NAME = re.compile(r"scaler\w*$", re.I)
 MODEL_NAME = re.compile(
-    r"model|net|module|actor|critic|agent|encoder|decoder|generator|"
-    r"discriminator|policy|^[GD]$",
-    re.I,
-)
+    r"model|net|module|actor|critic|agent|encoder|decoder|generator|discriminator|policy|^[GD]$",
+    re.I)
+GIVES_PARAMETERS = re.compile(
+    r"(?:named_|optim_)?parameters(?:_to_optimize)?$|configure_optimizers?$")
 ENV_NAME = re.compile(r"(?:^|_)envs?(?:_|\d|$)", re.I)
 EVAL_NAME = re.compile(
-    r"(?:^|_)(?:eval\w*|evaluate\w*|evaluation|validat\w*|valid|val|test|dev|"
-    r"estimate_loss\w*)(?:_|\d|$)",
-    re.I,
-)
+    r"(?:^|_)(?:eval\w+|validat\w*|valid|val|test|dev|estimate_loss\w*)(?:_|\d|$)", re.I)
+NOT_EVAL_NAME = re.compile(
+    r"load|data|transform|set$|iter|split|token|batch|dir$|path|freq|(?-i:^[A-Z])", re.I)
 LOSS_NAME = re.compile(
-    r"loss|nll|ppl|perplex|bpb|(?:^|_)(?:err\w?|cost|elbo|mse|ce|bce|objective)"
-    r"(?:_|\d|$)|^err[DG]",
-    re.I,
-)
+    r"loss|nll|ppl|perplex|bpb|(?:^|_)(?:err\w?|cost|elbo|mse|ce|bce|objective)(?:_|\d|$)|^err[DG]",
+    re.I)
 METRIC_NAME = re.compile(
-    r"acc|score|bleu|auc|^f1|map\b|_map|dice|iou|metric|reward|fid|prec|recall|top|psnr", re.I
-)
+    r"acc|score|bleu|auc|^f1|map\b|_map|dice|iou|metric|reward|fid|prec|recall|top|psnr", re.I)
 HELD_OUT = re.compile(r"val|test|eval|dev|held", re.I)
 HELD_OUT_LOSS = re.compile(
-    r"(?:^|_)(?:val|valid|validation|test|eval|dev|heldout)_?\w*loss|"
-    r"loss_?(?:test|valid|validation|eval|dev)$",
-    re.I,
-)
+    r"(?:^|_)(?:val|valid|validation|test|eval|dev|heldout)(?:_\w+)?_?loss$|"
+    r"loss_?(?:test|valid|validation|eval|dev)$", re.I)
+NOT_A_VALUE = re.compile(r"best|min|prev|last|patience|list|history", re.I)
 ENGINE_NAME = re.compile(
-    r"accelerat|fabric|booster|engine|strategy|autograd|^amp|scaler|trainer|^self$", re.I
-)
+    r"accelerat|fabric|booster|engine|strategy|autograd|^amp|scaler|trainer|^self$", re.I)
 MOVES_ON = re.compile(
-    r"^(?:next\w*|get_batch|sample\w*|push\w*|pop\w*|query|add|append|put|store|update\w*|draw)$"
-)
-CLOCK = re.compile(
-    r"^(?:time\.\w+|perf_counter|time|monotonic|datetime\.\S+|timer|"
-    r"timeit\.default_timer)$"
-)
-LANGUAGE = re.compile(r"block_size|seq_len|vocab|bptt|context_len|n_ctx|tokenizer|token", re.I)
-# Only what a numpy array or a batch object of a library has not.
-TENSOR_METHODS = re.compile(r"^(?:float|long|unsqueeze|numel|permute|contiguous|pin_memory|size)$")
-TENSOR_MAKERS = re.compile(
-    r"^(?:stack|randn?|randint|tensor|from_numpy|zeros|ones|cat|arange|as_tensor|LongTensor|"
-    r"FloatTensor|empty|normal|linspace)$"
-)
-TAKES_NO_TENSOR = re.compile(
-    r"^(?:tensor|as_tensor|from_numpy|device|manual_seed|load|save|Size|no_grad)$"
-)
+    r"^(?:next\w*|get_batch|sample\w*|push\w*|pop\w*|query|add|append|put|store|update\w*|draw)$")
+KEEPS_NO_STATE = re.compile(r"Meter|Metric|Log|Writer|Timer|Tracker|Board|tqdm|Progress|Prof")
+NOT_CARRIED = re.compile(r"^pbar|progress_?bar|tqdm|writer$|logger$|^prof(?:iler)?$", re.I)
+CLOCK = re.compile(r"^(?:time\.\w+|perf_counter|time|monotonic|datetime\.\S+|timeit\.\w+)$")
+HOLDS_A_POSITION = {"iter", "open", "tqdm", "trange", "cycle", "enumerate", "zip", "deque"}
+MUTATORS = {"append", "extend", "update", "pop", "insert", "clear"}
 
 
 class Roles:
-    """Which names are optimizers, schedulers, scalers, models."""
+    """Which names are optimizers, schedulers, models."""
 
     def __init__(self, script: Script) -> None:
         self.script = script
         self._optimizers: dict[str, bool] = {}
-
-    def made_by(self, name: str, test: re.Pattern[str], prefix: str = "\0") -> bool:
-        for binding in self.script.bindings.get(name, []):
-            for call in _makers(binding.value):
-                full = self.script.resolve(call.func)
-                if (
-                    isinstance(call.func, ast.Call) and call.func.args
-                ):  # getattr(torch.optim, x)(...)
-                    full = self.script.resolve(call.func.args[0]) + ".X"
-                if full.startswith(prefix) and ".lr_scheduler" not in full and ".swa_" not in full:
-                    return True
-                if test.search(last(full)) and (
-                    test is not OPTIMIZER_CALL or not NOT_OPTIMIZER_CALL.search(last(full))
-                ):
-                    return binding.index is None or bool(self.named(name, test))
-        return False
-
-    @staticmethod
-    def named(name: str, test: re.Pattern[str]) -> bool:
-        by_name = {OPTIMIZER_CALL: OPTIMIZER_NAME, SCHEDULER_CALL: SCHEDULER_NAME}
-        return bool(by_name.get(test, test).search(last(name)))
+        used = [method_call(call) for call in script.calls]
+        self.modules = list(dict.fromkeys(
+            name for call, (name, method) in zip(script.calls, used, strict=True)
+            if name not in ("", "self") and not self.optimizer(name)
+            and (method in {"parameters", "named_parameters"}
+                 or (method in {"train", "eval", "zero_grad"} and not call.args))))
 
     def optimizer(self, name: str) -> bool:
         if name not in self._optimizers:
-            self._optimizers[name] = self._is_optimizer(name)
+            self._optimizers[name] = bool(name) and self._is_optimizer(name)
         return self._optimizers[name]
 
-    def _is_optimizer(self, name: str) -> bool:
-        if not name or (
-            SCHEDULER_NAME.search(last(name)) and not OPTIMIZER_CALL.search(last(name))
-        ):
-            return False
-        if self.made_by(name, OPTIMIZER_CALL, "torch.optim."):
-            return True
-        holder = name.rpartition(".")[0]
-        if last(name) == "optimizer" and holder and self.optimizer(holder):
-            return True
-        return bool(OPTIMIZER_NAME.search(last(name))) and not self.arguments(name)
+    def scheduler(self, name: str) -> bool:
+        return bool(name) and not self.optimizer(name) and (
+            bool(SCHEDULER_NAME.search(last(name))) or self.made_by(name, SCHEDULER_CALL))
 
     def arguments(self, name: str) -> bool:
         """Command-line arguments: the result of `parse_args()`."""
-        return any(
-            last(dotted(call.func)) in {"parse_args", "parse_known_args"}
-            for b in self.script.bindings.get(name, [])
-            for call in _makers(b.value)
-        )
+        return any(called(call) in {"parse_args", "parse_known_args"}
+                   for call in self.script.made(name))
 
-    def scheduler(self, name: str) -> bool:
+    def _is_optimizer(self, name: str) -> bool:
+        if SCHEDULER_NAME.search(last(name)) and not OPTIMIZER_CALL.search(last(name)):
+            return False
+        holder = name.rpartition(".")[0]
         return (
-            bool(name)
-            and not self.optimizer(name)
-            and (self.made_by(name, SCHEDULER_CALL) or bool(SCHEDULER_NAME.search(last(name))))
-        )
+            self.made_by(name, OPTIMIZER_CALL)
+            or (last(name) == "optimizer" and self.optimizer(holder))
+            or (bool(OPTIMIZER_NAME.search(last(name))) and not self.arguments(name)))
 
-    @cached_property
-    def module_like(self) -> list[str]:
-        """Names used as a module is: `.train()`, `.parameters()`, `.zero_grad()`."""
-        found: dict[str, None] = {}
-        for call in self.script.calls:
-            func = call.func
-            if not isinstance(func, ast.Attribute):
-                continue
-            name = dotted(func.value)
-            plain = func.attr in {"parameters", "named_parameters"} or (
-                func.attr in {"train", "zero_grad", "eval"} and not call.args
-            )
-            if name and plain and name != "self" and not self.optimizer(name):
-                found[name] = None
-        return list(found)
+    def made_by(self, name: str, call_name: re.Pattern[str]) -> bool:
+        own_name = SCHEDULER_NAME if call_name is SCHEDULER_CALL else OPTIMIZER_NAME
+        return any(
+            call_name.search(self._maker(call)) and (b.index is None or own_name.search(last(name)))
+            for b in self.script.bindings.get(name, []) for call in makers(b.value))
+
+    def _maker(self, call: ast.Call) -> str:
+        if isinstance(call.func, ast.Call) and call.func.args:  # getattr(torch.optim, x)(...)
+            return self.script.resolve(call.func.args[0]) + ".X"
+        return self.script.resolve(call.func)
 
     def models_of(self, optimizer: str) -> list[str]:
         """Models whose parameters an optimizer was given, as named where it was made."""
-        found: dict[str, None] = {}
-        for binding in self.script.bindings.get(optimizer, []):
-            for call in _makers(binding.value):
-                self._models_in(call, found, 3)
-        return list(found)
+        found = [name for call in self.script.made(optimizer) for name in self._models_in(call, 3)]
+        return list(dict.fromkeys(found))
 
-    def _models_in(self, expr: ast.AST, found: dict[str, None], depth: int) -> None:
+    def _models_in(self, expr: ast.AST, depth: int) -> Iterator[str]:
         for node in walk(expr):
-            if isinstance(node, ast.Attribute) and node.attr in {
-                "parameters",
-                "named_parameters",
-                "configure_optimizers",
-                "configure_optimizer",
-                "optim_parameters",
-                "parameters_to_optimize",
-            }:
-                found[self._root(dotted(node.value))] = None
-            elif isinstance(node, ast.Name) and depth:
-                if node.id in self.module_like and MODEL_NAME.search(node.id):
-                    found[node.id] = None
-                elif not OPTIMIZER_NAME.search(node.id):
-                    for binding in self.script.bindings.get(node.id, []):
-                        if "param" in node.id.lower() or "group" in node.id.lower():
-                            self._models_in(binding.value, found, depth - 1)
-        found.pop("", None)
+            if isinstance(node, ast.Attribute) and GIVES_PARAMETERS.match(node.attr):
+                yield self._root(dotted(node.value))
+            elif isinstance(node, ast.Name) and node.id in self.modules:
+                if MODEL_NAME.search(node.id):
+                    yield node.id
+            elif isinstance(node, ast.Name) and depth and re.search("param|group", node.id, re.I):
+                for binding in self.script.bindings.get(node.id, []):
+                    yield from self._models_in(binding.value, depth - 1)
 
     def _root(self, name: str) -> str:
         """`model` for `model.fc`: the shortest prefix that the script assigns."""
         parts = name.split(".")
         start = 2 if parts[0] == "self" else 1
-        for size in range(start, len(parts)):
-            head = ".".join(parts[:size])
-            if head in self.script.bindings and not self.arguments(head):
-                return head
-        return name
+        heads = (".".join(parts[:size]) for size in range(start, len(parts)))
+        return next((head for head in heads
+                     if head in self.script.bindings and not self.arguments(head)), name)
 
 
-def _makers(value: ast.expr) -> Iterator[ast.Call]:
-    """The calls whose result a value is: through `a if c else b`, lists, and `a or b`."""
-    if isinstance(value, ast.Call):
-        yield value
-    elif isinstance(value, ast.IfExp):
-        yield from _makers(value.body)
-        yield from _makers(value.orelse)
-    elif isinstance(value, (ast.List, ast.Tuple)):
-        for element in value.elts:
-            yield from _makers(element)
-    elif isinstance(value, ast.ListComp):
-        yield from _makers(value.elt)
-    elif isinstance(value, ast.BoolOp):
-        for element in value.values:
-            yield from _makers(element)
-
-
-# --- Where the optimizer steps ---------------------------------------------------------------
-@dataclass(frozen=True)
-class Update:
+# --- Where the optimizer steps, and the loops around it --------------------------------------
+class Update(NamedTuple):
     """One optimizer step in the script: the call, whose it is, and the scaler it goes through."""
 
     call: ast.Call
@@ -861,94 +770,14 @@ class Update:
     scaler: str = ""
 
 
-def find_updates(script: Script, roles: Roles) -> list[Update]:
-    engines = {
-        dotted(c.func.value)
-        for c in script.calls
-        if isinstance(c.func, ast.Attribute) and c.func.attr == "backward" and c.args
-    }
-    found = [update for call in script.calls if (update := _update(call, roles, engines))]
-    return [each for update in found for each in _spread(script, update)] or _manual_updates(script)
-
-
-def _spread(script: Script, update: Update) -> list[Update]:
-    """`for opt in optimizers: opt.step()` steps what is looped over."""
-    for loop in script.loops_around(update.call):
-        if (
-            isinstance(loop, ast.For)
-            and update.optimizer in set(targets(loop))
-            and isinstance(loop.iter, (ast.List, ast.Tuple))
-        ):
-            return [Update(update.call, dotted(e), update.scaler) for e in loop.iter.elts]
-    name = looped_over(script, update.call, update.optimizer)
-    return [Update(update.call, name, update.scaler)]
-
-
-def looped_over(script: Script, node: ast.AST, name: str) -> str:
-    """`optimizers` for the `opt` of `for opt in optimizers`, also through zip and enumerate."""
-    for loop in script.loops_around(node):
-        if not isinstance(loop, ast.For) or name not in set(targets(loop)):
-            continue
-        pairs = [(loop.target, loop.iter)]
-        if isinstance(loop.iter, ast.Call) and isinstance(loop.target, ast.Tuple):
-            given = loop.iter.args
-            if dotted(loop.iter.func) == "enumerate":
-                given = [loop.iter, *given]
-            pairs = list(zip(loop.target.elts, given, strict=False))
-        return (
-            next((dotted(source) for target, source in pairs if dotted(target) == name), "") or name
-        )
-    return name
-
-
-def _update(call: ast.Call, roles: Roles, engines: set[str]) -> Update | None:
-    func = call.func
-    method = func.attr if isinstance(func, ast.Attribute) else ""
-    receiver = dotted(func.value) if isinstance(func, ast.Attribute) else ""
-    given = [dotted(arg) for arg in call.args if roles.optimizer(dotted(arg))]
-    if method in {"step", "optimizer_step", "optimize", "step_optimizer"} and given:
-        return Update(call, given[0], receiver if SCALER_NAME.search(last(receiver)) else "")
-    if method in {"step", "second_step", "step_and_update_lr"} and receiver:
-        if roles.optimizer(receiver):
-            holder = receiver.rpartition(".")[0]
-            return Update(call, holder if roles.optimizer(holder) else receiver)
-        engine = (
-            receiver in engines
-            and not SCALER_NAME.search(receiver)
-            and ("accelerator" not in receiver and "fabric" not in receiver)
-        )
-        return Update(call, receiver) if engine else None
-    if given and SCALER_NAME.search(last(dotted(func))):  # loss_scaler(loss, optimizer, ...)
-        return Update(call, given[0], dotted(func))
-    return None
-
-
-def _manual_updates(script: Script) -> list[Update]:
-    """No optimizer at all: `p.data.add_(p.grad, alpha=-lr)` after a backward."""
-    touches_grad = {
-        script.scope_of(n)
-        for n in script.nodes
-        if isinstance(n, ast.Attribute) and n.attr == "grad"
-    }
-    return [
-        Update(call, "")
-        for call in script.calls
-        if isinstance(call.func, ast.Attribute)
-        and call.func.attr == "backward"
-        and script.scope_of(call) in touches_grad
-        and script.loops_around(call)
-    ]
-
-
-# --- The loops around it ---------------------------------------------------------------------
 @dataclass
 class Nest:
     """The loops around an update, outermost first; `sites` are the nodes of the innermost loop's
     own function that step (the call itself, or the call of a helper that steps)."""
 
     loops: list[Loop]
-    sites: list[ast.AST]
-    updates: list[Update]
+    sites: list[ast.AST] = field(default_factory=list)
+    updates: list[Update] = field(default_factory=list)
     doubtful: str = ""
 
     @property
@@ -956,91 +785,116 @@ class Nest:
         return self.loops[-1]
 
 
+def find_updates(script: Script, roles: Roles) -> list[Update]:
+    engines = {method_call(call)[0] for call in script.calls
+               if method_call(call)[1] == "backward" and call.args}
+    found = [update for call in script.calls if (update := _update(call, roles, engines))]
+    spread = [Update(u.call, name, u.scaler) for u in found
+              for name in looped_over(script, u.call, u.optimizer)]
+    return spread or _updates_by_hand(script)
+
+
+def _update(call: ast.Call, roles: Roles, engines: set[str]) -> Update | None:
+    receiver, method = method_call(call)
+    given = next((dotted(arg) for arg in call.args if roles.optimizer(dotted(arg))), "")
+    if given and method in {"step", "optimizer_step", "optimize", "step_optimizer"}:
+        return Update(call, given, receiver if SCALER_NAME.search(receiver) else "")
+    if given and SCALER_NAME.search(called(call)):  # loss_scaler(loss, optimizer, ...)
+        return Update(call, given, dotted(call.func))
+    if method not in {"step", "second_step", "step_and_update_lr"}:
+        return None
+    if roles.optimizer(receiver):
+        holder = receiver.rpartition(".")[0]
+        return Update(call, holder if roles.optimizer(holder) else receiver)
+    plain = not re.search(r"scaler|accelerator|fabric", receiver, re.I)
+    return Update(call, receiver) if receiver in engines and plain else None
+
+
+def looped_over(script: Script, node: ast.AST, name: str) -> list[str]:
+    """What `opt` is in `for opt in optimizers`, `in [a, b]`, also through zip and enumerate."""
+    for loop in script.loops_around(node):
+        if name not in targets(loop) or isinstance(loop, ast.While):
+            continue
+        pairs = [(loop.target, loop.iter)]
+        if isinstance(loop.iter, ast.Call) and isinstance(loop.target, ast.Tuple):
+            counted = [loop.iter] if dotted(loop.iter.func) == "enumerate" else []
+            pairs = list(zip(loop.target.elts, [*counted, *loop.iter.args], strict=False))
+        source = next((source for target, source in pairs if dotted(target) == name), None)
+        if isinstance(source, (ast.List, ast.Tuple)):
+            return [dotted(element) for element in source.elts]
+        return [dotted(source) or name]
+    return [name]
+
+
+def _updates_by_hand(script: Script) -> list[Update]:
+    """No optimizer at all: `p.data.add_(p.grad, alpha=-lr)` after a backward."""
+    with_grad = {script.scope_of(n) for n in script.nodes
+                 if isinstance(n, ast.Attribute) and n.attr == "grad"}
+    return [Update(call, "") for call in script.calls if method_call(call)[1] == "backward"
+            and script.scope_of(call) in with_grad and script.loops_around(call)]
+
+
 class Nests:
     """From update calls to the loops that they stand in, through the functions that hold them."""
 
-    def __init__(self, script: Script, roles: Roles) -> None:
-        self.script, self.roles = script, roles
-        self.by_loop: dict[Loop, Nest] = {}
-
-    def find(self, updates: list[Update]) -> list[Nest]:
+    def __init__(self, script: Script, updates: list[Update]) -> None:
+        self.script = script
+        by_loop: dict[Loop, Nest] = {}
         for update in updates:
             for site, loops, doubt in self._chains(update.call, ()):
-                nest = self.by_loop.setdefault(loops[0], Nest(loops[::-1], [], [], doubt))
+                nest = by_loop.setdefault(loops[0], Nest(loops[::-1], doubtful=doubt))
                 nest.sites.append(site)
                 nest.updates.append(update)
-        return self._merge(list(self.by_loop.values()))
+        self.found = self._merged(list(by_loop.values()))
 
-    def _chains(
-        self, node: ast.AST, seen: tuple[ast.AST, ...]
-    ) -> Iterator[tuple[ast.AST, list[Loop], str]]:
+    def _chains(self, node: ast.AST, seen: tuple[ast.AST, ...]
+                ) -> Iterator[tuple[ast.AST, list[Loop], str]]:
+        """Each way into a loop: the node that steps there, the loops from the inside, a doubt."""
         scope = self.script.scope_of(node)
-        loops = [loop for loop in self.script.loops_around(node) if not self._over_optimizers(loop)]
-        if isinstance(scope, ast.Module) or scope in seen or len(seen) > 5:
-            if loops:
-                yield node, loops, ""
+        loops = [lp for lp in self.script.loops_around(node) if not self._over_optimizers(lp)]
+        ways: list[tuple[ast.AST, list[Loop], str]] = []
+        if not isinstance(scope, ast.Module) and scope not in seen and len(seen) <= 5:
+            for call in self.script.callers(scope):
+                ways += self._chains(call, (*seen, scope))
+        if not loops:
+            yield from ways
             return
-        calls = self.script.callers(scope)
-        if loops:
-            outer, doubt = self._outer(calls, (*seen, scope))
-            doubt = doubt or self._perhaps_called(scope)
-            yield node, loops + outer, doubt
-            return
-        for call in calls:
-            yield from self._chains(call, (*seen, scope))
+        doubt = self._perhaps_called(scope)
+        if len({tuple(map(id, outer)) for _, outer, _ in ways}) > 1:
+            doubt = "the training function is called from several loops"
+        yield node, loops + (ways[0][1] if ways else []), doubt
 
-    def _outer(self, calls: list[ast.Call], seen: tuple[ast.AST, ...]) -> tuple[list[Loop], str]:
-        found = [loops for call in calls for _, loops, _ in self._chains(call, seen)]
-        if len({tuple(map(id, loops)) for loops in found}) > 1:
-            return found[0], "the training function is called from several loops"
-        return (found[0], "") if found else ([], "")
-
-    def _perhaps_called(self, scope: Function) -> str:
+    def _perhaps_called(self, scope: Scope) -> str:
         """A method of this name is called in a loop, on an object whose class is not known."""
-        if self.script.class_of(scope) is None:
-            return ""
-        for call in self.script.calls:
-            func = call.func
-            if (
-                isinstance(func, ast.Attribute)
-                and func.attr == scope.name
-                and (
-                    self.script.loops_around(call)
-                    and not self.script.definition(call)
-                    and not (func.attr in {"train", "eval"} and not call.args)
-                )
-            ):
+        for call in self.script.calls if self.script.class_of(scope) else []:
+            same = method_call(call)[1] == getattr(scope, "name", "")
+            if (same and (call.args or call.keywords) and self.script.loops_around(call)
+                    and not self.script.definition(call)):
                 return f"line {call.lineno} may call this training several times"
         return ""
 
     def _over_optimizers(self, loop: Loop) -> bool:
-        if isinstance(loop, ast.While):
-            return False
-        names = {name for name, _, _ in unpack(loop.target, loop.target)}
-        steps = [
-            n
+        """`for opt in optimizers: opt.step()` is not a loop over batches."""
+        names = set(targets(loop))
+        return any(
+            names & {name, *map(dotted, getattr(n, "args", []))}
             for n in own_all(loop.body)
-            if isinstance(n, ast.Call)
-            and isinstance(n.func, ast.Attribute)
-            and n.func.attr in {"step", "zero_grad"}
-        ]
-        held = {dotted(n.func.value) for n in steps} | {dotted(a) for n in steps for a in n.args}  # type: ignore[attr-defined]
-        return bool(names & held)
+            for name, method in [method_call(n)] if method in {"step", "zero_grad"})
 
-    def _merge(self, nests: list[Nest]) -> list[Nest]:
+    def _merged(self, nests: list[Nest]) -> list[Nest]:
         """One nest per training loop: an inner loop of critic steps, or a remainder after it."""
         kept = list(nests)
         for small in nests:
             for big in nests:
                 if small is big or small not in kept or big not in kept:
                     continue
-                if small.inner in big.loops:  # `small` steps around `big`
-                    mine = {u.optimizer for u in small.updates}
-                    if mine <= {u.optimizer for u in big.updates}:
-                        kept.remove(small)  # the remainder of an accumulation
-                    elif self.script.inside(big.inner, small.inner):
-                        kept.remove(big)  # critic steps inside the iteration
-                        small.updates += big.updates
+                if small.inner not in big.loops:
+                    continue
+                if {u.optimizer for u in small.updates} <= {u.optimizer for u in big.updates}:
+                    kept.remove(small)  # the remainder of an accumulation, around `big`
+                elif self.script.inside(big.inner, small.inner):
+                    kept.remove(big)  # critic steps inside the iteration
+                    small.updates += big.updates
         return kept
 
 
@@ -1055,152 +909,98 @@ class Patcher:
 
     def __init__(self, script: Script, parts: Sequence[str]) -> None:
         self.script, self.wanted = script, {"log", *parts}
-        self.roles, self.bound = Roles(script), Bound(script)
-        self.out = Plan()
+        self.roles = Roles(script)
+        self.out = Plan(parts={"log": "no", "validation": "none seen", "resume": "no"})
         self.obs = self._free_name()
         self.keys: set[str] = set()
-        self.validated: set[int] = set()
+        self.validated: set[Function] = set()
 
     def plan(self) -> Plan:
         updates = find_updates(self.script, self.roles)
-        nests = Nests(self.script, self.roles).find(updates)
+        nests = Nests(self.script, updates).found
         if not nests:
             raise NothingToPatch(where_to_look(self.script, self.roles, updates))
         self._import()
         for nest in nests:
-            self.out.parts.setdefault("validation", "none seen")
             NestPatcher(self, nest, several=len(nests) > 1).patch()
-        self._unlogged(updates, nests)
-        self.out.insertions = self._ordered()
-        return self.out
-
-    def _free_name(self) -> str:
-        taken = {n.id for n in self.script.nodes if isinstance(n, ast.Name)}
-        taken |= {n.arg for n in self.script.nodes if isinstance(n, ast.arg)}
-        taken |= {
-            n.name
-            for n in self.script.nodes
-            if isinstance(n, (*FUNCTIONS, ast.ClassDef, ast.ExceptHandler)) and n.name
-        }
-        taken |= {
-            n.value
-            for n in self.script.nodes
-            if isinstance(n, ast.Constant) and isinstance(n.value, str)
-        }
-        taken |= set(self.script.imports)
-        for node in self.script.nodes:
-            taken |= (
-                set(getattr(node, "names", ()))
-                if isinstance(node, (ast.Global, ast.Nonlocal))
-                else set()
-            )
-            if type(node).__name__ in {"MatchAs", "MatchStar"} and getattr(node, "name", None):
-                taken.add(node.name)  # type: ignore[attr-defined]
-        for name in ("obs", "observability"):
-            if name not in taken:
-                return name
-        raise PatchError(
-            f"{self.script.name}: uses both names, obs and observability, for "
-            f"something else; rename one of them"
-        )
-
-    def _import(self) -> None:
-        body = self.script.tree.body
-        imports = [i for i, s in enumerate(body) if isinstance(s, (ast.Import, ast.ImportFrom))]
-        torch = [i for i in imports if "torch" in ast.unparse(body[i])]
-        index = (torch or imports or [-1])[0 if torch else -1]
-        while index + 1 < len(body) and index + 1 in imports:
-            index += 1
-        if (
-            index < 0
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            index = 0
-        spot = Spot(body, index + 1)
-        while spot.index < len(body) and self.script.line_of(spot) is None:
-            spot = Spot(body, spot.index + 1)
-        alias = " as obs" if self.obs == "obs" else ""
-        if not self.add(spot, "import", f"import observability{alias}", "log", "the drop-in"):
-            raise PatchError(f"{self.script.name}: no room for the import")
-
-    def _unlogged(self, updates: list[Update], nests: list[Nest]) -> None:
         logged = {u.call for nest in nests for u in nest.updates}
         for update in updates:
             if update.call not in logged:
-                self.out.note(
-                    update.call,
-                    "this optimizer step is outside the loop that is observed "
-                    "(a remainder, or never called here); it is not counted",
-                )
+                self.out.note(update.call, "this optimizer step is outside the loop that is "
+                              "observed (a remainder, or never called here); it is not counted")
+        kinds = list(KINDS)
+        self.out.insertions = sorted(
+            dict.fromkeys(self.out.insertions),
+            key=lambda i: (i.line, -len(i.indent.expandtabs(8)), kinds.index(i.kind)))
+        return self.out
 
-    def add(
-        self, spot: Spot, kind: str, code: str, part: str, why: str, confidence: str = "sure"
-    ) -> bool:
+    def _free_name(self) -> str:
+        """`obs`, or the full name where the script uses `obs` for anything, a string included."""
+        fields = ("id", "arg", "name", "value", "asname", "rest")
+        taken = {getattr(node, key, None) for node in self.script.nodes for key in fields
+                 if isinstance(getattr(node, key, None), str)}
+        taken |= {name for node in self.script.nodes
+                  if isinstance(node, (ast.Global, ast.Nonlocal)) for name in node.names}
+        for name in ("obs", "observability"):
+            if name not in taken | set(self.script.imports):
+                return name
+        raise PatchError(f"{self.script.name}: uses both names, obs and observability, for "
+                         f"something else; rename one of them")
+
+    def _import(self) -> None:
+        """Behind the first run of imports that has torch, or behind the last import."""
+        body = self.script.tree.body
+        imports = [i for i, s in enumerate(body) if isinstance(s, (ast.Import, ast.ImportFrom))]
+        with_torch = [i for i in imports if "torch" in ast.unparse(body[i])]
+        index = with_torch[0] if with_torch else imports[-1] if imports else -1
+        while index + 1 in imports:
+            index += 1
+        if not imports and ast.get_docstring(self.script.tree) is not None:
+            index = 0
+        code = "import observability" + (" as obs" if self.obs == "obs" else "")
+        for place in range(index + 1, len(body) + 1):
+            if self.add(Spot(body, place), "import", code):
+                return
+        raise PatchError(f"{self.script.name}: no room for the import")
+
+    def add(self, spot: Spot, kind: str, code: str, confidence: str = "sure") -> bool:
         """Add a line at a spot; False when the original has no room for a line there."""
-        line = self.script.line_of(spot)
-        indent = self.script.indent_of(spot.block)
+        line, indent = self.script.line_of(spot), self.script.indent_of(spot.block)
         if line is None or indent is None:
             return False
-        if part in self.wanted:
-            self.out.insertions.append(Insertion(line, indent, kind, code, part, why, confidence))
+        if KINDS[kind] in self.wanted:
+            self.out.insertions.append(Insertion(line, indent, kind, code, confidence))
         return True
-
-    def _ordered(self) -> list[Insertion]:
-        unique = list(dict.fromkeys(self.out.insertions))
-        return sorted(unique, key=lambda i: (i.line, -len(i.indent.expandtabs(8)), ORDER[i.kind]))
 
 
 def where_to_look(script: Script, roles: Roles, updates: list[Update]) -> str:
     """Why there is nothing to patch, and which file to try instead."""
     if updates:
-        line = updates[0].call.lineno
-        return (
-            f"{script.name}:{line}: an optimizer steps here, but no loop of this file calls it; "
-            f"patch the script that has the loop"
-        )
-    files = _local_files(script, roles)
+        return (f"{script.name}:{updates[0].call.lineno}: an optimizer steps here, but no loop of "
+                f"this file calls it; patch the script that has the loop")
+    files = list(dict.fromkeys(file for call in script.calls
+                               if (file := _trained_in(script, roles, call))))
     if files:
         return f"{script.name}: the optimizer is stepped elsewhere: try {', '.join(files)}"
     for call in script.calls:
         name = script.resolve(call.func)
-        if last(name) in {"Trainer", "SFTTrainer", "Seq2SeqTrainer", "Learner", "fit", "train"}:
-            owner = next((script.imports[n] for n in script.imports if n in name.split(".")), "")
-            return (
-                f"{script.name}:{call.lineno}: the loop is in {name or 'a framework'}()"
-                f"{f' of {owner}' if owner else ''}, not in this file; use its callbacks"
-            )
+        if re.search(r"(?:^|\.)(?:\w*Trainer|Learner|fit|train)$", name):
+            return (f"{script.name}:{call.lineno}: the loop is in {name}(), not in this file; "
+                    f"use its callbacks")
     return f"{script.name}: no optimizer step in a loop was found"
 
 
-def _local_files(script: Script, roles: Roles) -> list[str]:
-    """Files of imported functions that are called in a loop, or are given an optimizer."""
-    found: dict[str, None] = {}
-    for call in script.calls:
-        head = dotted(call.func).partition(".")[0]
-        full = script.imports.get(head, "")
-        given = [*call.args, *(k.value for k in call.keywords)]
-        passed = any(
-            roles.optimizer(dotted(a)) or roles.made_by(dotted(a), OPTIMIZER_CALL)
-            for a in given
-            if dotted(a)
-        )
-        trains = re.search(r"train|fit|run_epoch|learn", last(dotted(call.func)), re.I)
-        if not full or full.split(".")[0] in {
-            "torch",
-            "transformers",
-            "numpy",
-            "tqdm",
-            "torchvision",
-        }:
-            continue
-        if (passed and not SCHEDULER_CALL.search(last(full))) or (
-            trains and script.loops_around(call)
-        ):
-            module = full.rsplit(".", 1)[0] if "." in full else full
-            found[module.replace(".", "/") + ".py"] = None
-    return list(found)
+def _trained_in(script: Script, roles: Roles, call: ast.Call) -> str:
+    """The file of an imported function that is given an optimizer, or trains in a loop."""
+    module = script.imports.get(dotted(call.func).partition(".")[0], "")
+    libraries = {"", "torch", "transformers", "numpy", "tqdm", "torchvision"}
+    if module.split(".")[0] in libraries or SCHEDULER_CALL.search(module):
+        return ""
+    given = [*call.args, *(keyword.value for keyword in call.keywords)]
+    trains = re.search(r"train|fit|run_epoch|learn", called(call), re.I)
+    if any(roles.optimizer(dotted(a)) for a in given) or (trains and script.loops_around(call)):
+        return (module.rpartition(".")[0] or module).replace(".", "/") + ".py"
+    return ""
 
 
 class NestPatcher:
@@ -1208,544 +1008,264 @@ class NestPatcher:
 
     def __init__(self, patcher: Patcher, nest: Nest, several: bool) -> None:
         self.p, self.nest, self.several = patcher, nest, several
-        self.script, self.roles, self.bound = patcher.script, patcher.roles, patcher.bound
-        self.out, self.obs = patcher.out, patcher.obs
+        self.script, self.roles = patcher.script, patcher.roles
+        self.out, self.obs, self.add = patcher.out, patcher.obs, patcher.add
+        self.inner = nest.inner
         self.scope = self.script.scope_of(nest.inner)
-        self.loops = self._levels()
         self.optimizers = list(dict.fromkeys(u.optimizer for u in nest.updates if u.optimizer))
-        self.losses = Losses(self).names()
-        self.models: list[str] = []
+        self.loops = self._levels()
+        self.spots = StepSpots(self)
+        self.outer = self.loops[0]
+        self.outer_scope = self.script.scope_of(self.outer)
+        self.start = self.script.home[self.outer]
+        self.at_start = self.script.bound(self.start)
         self.refusals: list[tuple[ast.AST, str]] = []
+        self.models = self._visible_models()
+        self.losses = Losses(self)
 
     def _levels(self) -> list[Loop]:
         """The loops of one run: those outside of which the optimizer is made."""
-        made = [b for u in self.nest.updates for b in self.script.bindings.get(u.optimizer, [])]
+        made = [b for name in self.optimizers for b in self.script.bindings.get(name, [])]
         loops = self.nest.loops
-        while len(loops) > 1 and any(self._within(b, loops) for b in made):
+        while len(loops) > 1 and any(self._made_within(b, loops) for b in made):
             loops = loops[1:]
         return loops
 
-    def _within(self, made: Binding, loops: list[Loop]) -> bool:
+    def _made_within(self, made: Binding, loops: list[Loop]) -> bool:
         """Made inside the outermost of these loops, or in a function that this loop calls."""
-        if made.stmt in own_set(loops[0]):
-            return True
-        called = {self.script.scope_of(loop) for loop in loops[1:]} - {
-            self.script.scope_of(loops[0])
-        }
-        return made.scope in called
+        callees = {self.script.scope_of(loop) for loop in loops[1:]}
+        return made.stmt in own_set(loops[0]) or (
+            made.scope in callees - {self.script.scope_of(loops[0])})
 
     def patch(self) -> None:
-        outer = self.loops[0]
-        start = self.script.home[outer]
-        self._init(start)
-        self._watch(start)
+        self._init()
+        self._watch()
         Evaluations(self).add()
-        resumable = self._check_resume() and "resume" in self.p.wanted
-        carried = Carried(self).find() if resumable else Carry([], {})
-        resumable = resumable and not self.refusals
-        if resumable:
-            carried.write(self)
-            self._guards()
-        else:
-            carried.values.clear()
-        self._steps(carried.values)
-        self._finish(start)
-        self._report(resumable)
+        carry: dict[str, str] = {}
+        if "resume" in self.p.wanted:
+            self.refusals += refusals(self)
+            resume = Carried(self)
+            if not self.refusals:
+                carry = resume.values
+                resume.write()
+                self.out.parts["resume"] = "yes"
+        for where, why in self.refusals:
+            self.out.note(where, f"resume is left out: {why}")
+        self._steps(carry)
+        self._finish()
+
+    def refuse(self, where: ast.AST, why: str) -> None:
+        self.refusals.append((where, why))
 
     # -- before and after
-    def _init(self, start: Spot) -> None:
-        bound = self.bound.at(start)
+    def _init(self) -> None:
         args = []
-        worker = self._worker()
-        if worker:
+        if worker := self._worker():
             args.append(f'f"worker{{{worker}}}"')
         elif self.several:
-            name = getattr(self.script.scope_of(self.loops[0]), "name", "")
-            args.append(f'"{name or "line"}_{self.loops[0].lineno}"')
-        config = self._config(bound)
-        if config:
+            args.append(f'"{getattr(self.outer_scope, "name", "line")}_{self.outer.lineno}"')
+        if config := self._config():
             args.append(f"config={config}")
-        ok = self.p.add(
-            start, "init", f"{self.obs}.init({', '.join(args)})", "log", "opens the run"
-        )
-        if not ok:
-            raise PatchError(f"{self.script.name}:{self.loops[0].lineno}: no room before the loop")
+        if not self.add(self.start, "init", f"{self.obs}.init({', '.join(args)})"):
+            raise PatchError(f"{self.script.name}:{self.outer.lineno}: no room before the loop")
 
-    def _config(self, bound: frozenset[str]) -> str:
-        known = locals_of(self.script.scope_of(self.loops[0]))
-        for name in self.script.bindings:
-            if (
-                self.roles.arguments(name)
-                and name in bound
-                and "." not in name
-                and all(
-                    last(dotted(c.func)) == "parse_args"
-                    for b in self.script.bindings[name]
-                    for c in _makers(b.value)
-                )
-            ):
-                return (
-                    f"vars({name})"
-                    if name not in parameters(self.script.scope_of(self.loops[0]))
-                    else name
-                )
-        for name in ("args", "opt", "config", "cfg", "hparams", "hps", "self.config"):
-            if (
-                name in bound
-                and (name in known or name in self.script.bindings)
-                and (name not in self.script.imports)
-                and not self.roles.optimizer(name)
-            ):
-                return name
-        return ""
+    def _config(self) -> str:
+        for name in sorted(self.at_start & set(self.script.bindings)):
+            makes = {called(call) for call in self.script.made(name)}
+            if makes == {"parse_args"} and "." not in name:
+                return name if name in parameters(self.outer_scope) else f"vars({name})"
+        known = self.script.bindings.keys() | locals_of(self.outer_scope)
+        usual = ("args", "opt", "config", "cfg", "hparams", "hps", "self.config")
+        return next((name for name in usual if name in self.at_start and name in known
+                     and name not in self.script.imports and not self.roles.optimizer(name)), "")
 
     def _worker(self) -> str:
         """The rank of a process that runs this loop beside others, without torch.distributed."""
-        scope = self.script.scope_of(self.loops[0])
-        if isinstance(scope, ast.Module) or "init_process_group" in self.script.source:
+        if isinstance(self.outer_scope, ast.Module) or "init_process_group" in self.script.source:
             return ""
-        starts = [
-            c
-            for c in self.script.calls
-            if last(dotted(c.func)) in {"Process", "spawn", "start_processes"}
-            and any(dotted(v) == scope.name for v in [*c.args, *(k.value for k in c.keywords)])
-        ]
-        if not starts or not scope.args.args:
-            return ""
-        self.refuse(starts[0], "several processes train at once, each by its own steps")
-        return scope.args.args[0].arg
+        for call in self.script.calls:
+            given = [*call.args, *(keyword.value for keyword in call.keywords)]
+            if (called(call) in {"Process", "spawn", "start_processes"}
+                    and self.outer_scope.name in map(dotted, given)):
+                self.refuse(call, "several processes train at once, each by its own steps")
+                return parameters(self.outer_scope)[0] if self.outer_scope.args.args else ""
+        return ""
 
-    def _watch(self, start: Spot) -> None:
-        bound = self.bound.at(start)
-        optimizers = self._visible_optimizers(bound)
-        self.models = self._visible_models(bound)
+    def _watch(self) -> None:
+        optimizers = self._visible_optimizers()
+        scalers = [u.scaler for u in self.nest.updates if u.scaler in self.at_start]
+        keywords = {"optimizer": optimizers, "scheduler": self._schedulers(), "scaler": scalers,
+                    "loader": self._loader()}
         args = list(self.models)
-        args += self._keyword("optimizer", optimizers)
-        args += self._keyword("scheduler", self._schedulers(bound))
-        scalers = {u.scaler: None for u in self.nest.updates if u.scaler in bound}
-        args += self._keyword("scaler", [s for s in scalers if "." not in s or s in bound])
-        args += self._keyword("loader", self._loader(bound))
+        for key, names in keywords.items():
+            unique = list(dict.fromkeys(names))
+            if unique:
+                args.append(f"{key}={unique[0] if len(unique) == 1 else listed(unique)}")
+        sure = "sure" if self.models and optimizers else "likely"
         if args:
-            self.p.add(
-                start,
-                "watch",
-                f"{self.obs}.watch({', '.join(args)})",
-                "log",
-                "what a checkpoint holds",
-                "sure" if self.models and optimizers else "likely",
-            )
+            self.add(self.start, "watch", f"{self.obs}.watch({', '.join(args)})", sure)
         if not self.models:
-            self.refuse(self.loops[0], "no model was found that is bound before this loop")
+            self.refuse(self.outer, "no model was found that is bound before this loop")
         if self.optimizers and not optimizers:
-            self.refuse(self.loops[0], "the optimizer has no name before this loop")
+            self.refuse(self.outer, "the optimizer has no name before this loop")
 
-    @staticmethod
-    def _keyword(key: str, names: list[str]) -> list[str]:
-        if not names:
-            return []
-        return [f"{key}={names[0]}" if len(names) == 1 else f"{key}=[{', '.join(names)}]"]
-
-    def _visible_optimizers(self, bound: frozenset[str]) -> list[str]:
-        direct = [n for n in self.optimizers if n in bound]
+    def _visible_optimizers(self) -> list[str]:
+        direct = [name for name in self.optimizers if name in self.at_start]
         if direct and len(direct) == len(self.optimizers):
             return direct
-        made = [
-            n
-            for n in self.script.bindings
-            if n in bound and self.roles.made_by(n, OPTIMIZER_CALL, "torch.optim.")
-        ]
-        named = [
-            n
-            for n in sorted(bound)
-            if "optim" in n.lower() and n in parameters(self.script.scope_of(self.loops[0]))
-        ]
-        return list(dict.fromkeys([*direct, *(made or named)]))
+        made = [name for name in self.script.bindings
+                if name in self.at_start and self.roles.made_by(name, OPTIMIZER_CALL)]
+        given = [name for name in parameters(self.outer_scope) if "optim" in name.lower()]
+        return [*direct, *(name for name in made or given if name not in direct)]
 
-    def _visible_models(self, bound: frozenset[str]) -> list[str]:
-        names = [
-            m
-            for o in [*self.optimizers, *self._visible_optimizers(bound)]
-            for m in self.roles.models_of(o)
-        ]
-        found = [n for n in dict.fromkeys(names) if n in bound]
-        usual = [n for n in self.roles.module_like if n in bound and n not in self.script.imports]
-        called = [
-            n
-            for n in dict.fromkeys(dotted(c.func) for c in self.script.calls)
-            if n in bound
-            and re.search(r"model$|^net|net$", last(n))
-            and n.partition(".")[0] not in self.script.imports
-            and not any(f.name == last(n) for f in self.script.functions)
-        ]
-        found = self._of_scope(
-            found or [n for n in usual if MODEL_NAME.search(last(n))] or usual or called
-        )
-        copied = {
-            dotted(c.func.value)
-            for c in self.script.calls  # a target network
-            if isinstance(c.func, ast.Attribute)
-            and c.func.attr == "load_state_dict"
-            and c in own_set(self.loops[0])
-            and not self.roles.optimizer(dotted(c.func.value))
-        }
-        return list(dict.fromkeys([*found, *sorted(copied & bound)]))
+    def _visible_models(self) -> list[str]:
+        optimizers = dict.fromkeys([*self.optimizers, *self._visible_optimizers()])
+        given = [m for o in optimizers for m in self.roles.models_of(o) if m in self.at_start]
+        usual = [name for name in self.roles.modules
+                 if name in self.at_start and name not in self.script.imports]
+        called_ones = [name for name in dict.fromkeys(dotted(c.func) for c in self.script.calls)
+                       if name in self.at_start and re.search("model$|^net|net$", last(name))
+                       and not self.script.is_function(name)]
+        found = given or [m for m in usual if MODEL_NAME.search(last(m))] or usual or called_ones
+        copied = [name for call in self.script.calls  # a target network
+                  for name, method in [method_call(call)] if method == "load_state_dict"
+                  and call in own_set(self.outer) and name in self.at_start
+                  and not self.roles.optimizer(name)]
+        return list(dict.fromkeys([*self._of_scope(found), *copied]))
 
-    def _schedulers(self, bound: frozenset[str]) -> list[str]:
-        stepped = {
-            looped_over(self.script, c, dotted(c.func.value)): None
-            for c in self.script.calls
-            if isinstance(c.func, ast.Attribute) and c.func.attr in {"step", "step_update"}
-        }
-        return self._of_scope([n for n in stepped if n in bound and self.roles.scheduler(n)])
+    def _schedulers(self) -> list[str]:
+        stepped = [name for call in self.script.calls for receiver, method in [method_call(call)]
+                   if method in {"step", "step_update"}
+                   for name in looped_over(self.script, call, receiver)]
+        return self._of_scope([name for name in stepped
+                               if name in self.at_start and self.roles.scheduler(name)])
 
     def _of_scope(self, names: list[str]) -> list[str]:
         """The function's own names, where it has any: a global one may be the same object."""
-        local = locals_of(self.script.scope_of(self.loops[0]))
-        return [n for n in names if n.partition(".")[0] in local] or names
+        local = locals_of(self.outer_scope)
+        return [name for name in names if name.partition(".")[0] in local] or names
 
-    def _loader(self, bound: frozenset[str]) -> list[str]:
-        name = loop_source(self.nest.inner)
-        made = any(
-            last(dotted(c.func)).endswith("DataLoader")
-            for b in self.script.bindings.get(name, [])
-            for c in _makers(b.value)
-        )
-        return [name] if made and name in bound else []
+    def _loader(self) -> list[str]:
+        name = loop_source(self.inner)
+        made = any(called(call).endswith("DataLoader") for call in self.script.made(name))
+        return [name] if made and name in self.at_start else []
 
-    def _finish(self, start: Spot) -> None:
+    def _finish(self) -> None:
         """At the end of the block that holds the loop; at exit otherwise."""
-        block, owner = start.block, self.script.parent[self.loops[0]]
-        while isinstance(owner, (ast.With, ast.AsyncWith)):
-            block = self.script.home[owner].block
-            owner = self.script.parent[owner]
-        if isinstance(owner, LOOPS):
-            return
-        index = len(block)
-        if isinstance(block[-1], EXITS):
-            index -= 1
-        line = self.script.line_of(Spot(block, index))
-        if line is None or (
-            line > len(self.script.rows) and not ends_with_newline(self.script.data)
-        ):
-            return
-        self.p.add(Spot(block, index), "finish", f"{self.obs}.finish()", "log", "closes the run")
+        block, owner = self.start.block, self.script.parent[self.outer]
+        while isinstance(owner, WITHS):
+            block, owner = self.script.home[owner].block, self.script.parent[owner]
+        spot = Spot(block, len(block) - isinstance(block[-1], EXITS))
+        line = self.script.line_of(spot) or 0
+        unended = line > len(self.script.rows) and not ends_a_line(self.script.data)
+        if not isinstance(owner, LOOPS) and not unended:
+            self.add(spot, "finish", f"{self.obs}.finish()")
 
     # -- the step
     def _steps(self, carry: dict[str, str]) -> None:
-        placed = False
-        for spot, test in StepSpots(self).find():
+        for spot, test in self.spots.find():
             code = self._step_call(spot, carry)
-            code = f"if {test}: {code}" if test else code
-            placed |= self.p.add(
-                spot, "step", code, "log", "one optimizer step", "likely" if test else "sure"
-            )
-        if not placed:
-            self.out.note(
-                self.nest.inner,
-                "no room for obs.step in this loop (its body is on the line of its header)",
-            )
+            code, sure = (f"if {test}: {code}", "likely") if test else (code, "sure")
+            if self.add(spot, "step", code, sure):
+                self.out.parts["log"] = "yes"
+        if self.out.parts["log"] == "no":
+            self.out.note(self.inner, "no room for obs.step in this loop (its body is on the line "
+                                      "of its header)")
 
     def _step_call(self, spot: Spot, carry: dict[str, str]) -> str:
-        bound = self.bound.at(spot)
-        args = self._counter(bound)
-        args += self.losses_at(spot, bound)
-        args += Batch(self).amount(spot, bound)
-        if carry and "resume" in self.p.wanted:
-            missing = [e for e in carry.values() if e not in bound]
-            for name in missing:
-                self.out.note(
-                    self.nest.inner,
-                    f"{name} may be unbound at the end of an iteration; not carried",
-                )
-            inner = ", ".join(f'"{k}": {e}' for k, e in carry.items() if e in bound)
-            args += [f"carry={{{inner}}}"] if inner else []
+        bound = self.script.bound(spot)
+        args = [*self._counter(bound), *self._losses_at(spot), *Batch(self, bound).amount()]
+        kept = [f'"{key}": {name}' for key, name in carry.items() if name in bound]
+        for name in carry.values():
+            if name not in bound:
+                self.out.note(self.inner, f"{name} may be unbound at the end of an iteration; "
+                                          f"not carried")
+        if kept:
+            args.append(f"carry={{{', '.join(kept)}}}")
         return f"{self.obs}.step({', '.join(args)})"
 
-    def losses_at(self, spot: Spot, bound: frozenset[str]) -> list[str]:
-        usable = [loss for loss in self.losses if self._usable(loss, spot, bound)]
-        if not usable:
-            return []
-        main = self._as_number(usable[-1])
-        taken = {"loss", "step", "tokens", "samples", "carry"}
-        rest = {key_of(x.expr): self._as_number(x) for x in usable[:-1]}
-        return [f"loss={main}", *(f"{k}={v}" for k, v in rest.items() if k not in taken)]
+    def _losses_at(self, spot: Spot) -> list[str]:
+        usable = [loss for loss in self.losses.found if self._usable(loss, spot)]
+        keys = {key_of(loss.name): self._as_number(loss) for loss in usable[:-1]}
+        args = [f"loss={self._as_number(loss)}" for loss in usable[-1:]]
+        taken = {"step", "loss", "tokens", "samples", "carry"}
+        return args + [f"{key}={code}" for key, code in keys.items() if key not in taken]
 
-    def _usable(self, loss: Loss, spot: Spot, bound: frozenset[str]) -> bool:
-        why = ""
-        if loss.root not in bound:
+    def _usable(self, loss: Loss, spot: Spot) -> bool:
+        root, why = loss.name.partition("[")[0], ""
+        if root not in self.script.bound(spot):
             why = "is not certainly bound where the step is logged"
-        elif Losses(self).overwritten(loss.root, spot):
+        elif any(not any(dotted(n) == root for n in walk(b.value))  # `loss = loss.item()` keeps it
+                 for b in self._bound_again(root, self.last_site, self.script.line_of(spot) or 0)):
             why = "is assigned again before the end of the iteration (an evaluation?)"
         if why:
-            self.out.note(loss.line, f"the loss {loss.root} {why}; it is left out")
+            self.out.note(loss.call, f"the loss {root} {why}; it is left out")
         return not why
 
     def _as_number(self, loss: Loss) -> str:
         """`loss = loss.item()` after the backward: a number has no `.detach()`."""
-        again = [
-            b
-            for b in self.script.bindings.get(loss.root, [])
-            if b.stmt in own_set(self.nest.inner) and b.stmt.lineno > loss.line
-        ]
-        if not again or ".detach()" not in loss.code:
-            return loss.code
-        return re.sub(r"\.detach\(\)(\.\w+\(\))?", "", loss.code)
+        if self._bound_again(loss.name, loss.call.lineno):
+            return re.sub(r"\.detach\(\)(\.\w+\(\))?", "", loss.code)
+        return loss.code
 
-    def _counter(self, bound: frozenset[str]) -> list[str]:
+    def _bound_again(self, name: str, after: int, before: int = sys.maxsize) -> list[Binding]:
+        return [b for b in self.script.bindings.get(name, [])
+                if b.stmt in own_set(self.inner) and after < b.stmt.lineno < before]
+
+    @property
+    def last_site(self) -> int:
+        return max(getattr(site, "lineno", 0) for site in self.nest.sites)
+
+    def _counter(self, bound: Names) -> list[str]:
         """The script's own count of steps: one that goes up by 1 an iteration and never back."""
-        outside = self.bound.at(self.script.home[self.loops[0]])
-        for node in own_all(self.nest.inner.body):
-            if (
-                isinstance(node, ast.AugAssign)
-                and isinstance(node.op, ast.Add)
-                and isinstance(node.value, ast.Constant)
-                and node.value.value == 1
-            ):
+        for node in own_all(self.inner.body):
+            if isinstance(node, ast.AugAssign) and self._counts_steps(node):
                 name = dotted(node.target)
-                if (
-                    isinstance(node.target, (ast.Name, ast.Attribute))
-                    and name in bound
-                    and name in outside
-                    and self._counts_steps(node, name)
-                    and re.search(r"step|iter|batch|^n$|^i$|^t$", last(name), re.I)
-                ):
-                    return [name]
-        inner = self.nest.inner
-        if (
-            len(self.loops) == 1
-            and isinstance(inner, ast.For)
-            and isinstance(inner.target, ast.Name)
-            and _is_range(inner.iter)
-            and not self._conditional()
-        ):
-            return [inner.target.id] if inner.target.id in bound else []
+                return [name] if name in bound & self.at_start else []
+        loop, conditions = self.inner, self.spots.conditions
+        if len(self.loops) == 1 and isinstance(loop, ast.For) and not conditions:
+            name = getattr(loop.target, "id", "")
+            return [name] if name in bound and is_range(loop.iter) else []
         return []
 
-    def _counts_steps(self, node: ast.AugAssign, name: str) -> bool:
-        writes = [b for b in self.script.bindings.get(name, []) if b.stmt in own_set(self.loops[0])]
-        if len(writes) != 1:
+    def _counts_steps(self, node: ast.AugAssign) -> bool:
+        name = dotted(node.target)
+        by_one = isinstance(node.op, ast.Add) and getattr(node.value, "value", None) == 1
+        writes = [b for b in self.script.bindings.get(name, []) if b.stmt in own_set(self.outer)]
+        if (not by_one or len(writes) != 1
+                or not re.search(r"step|iter|batch|^[nit]$", last(name), re.I)):
             return False
-        site = self.script.stmt_of(self.nest.sites[0])
-        mine = [n for n in self.script.above(node) if isinstance(n, (ast.If, *LOOPS))]
-        theirs = [n for n in self.script.above(site) if isinstance(n, (ast.If, *LOOPS))]
-        return mine == theirs or (all(n in theirs for n in mine) and not self._conditional())
+        mine, theirs = self._branches(node), self._branches(self.nest.sites[0])
+        always = not self.spots.conditions
+        return mine == theirs or (always and all(branch in theirs for branch in mine))
 
-    def _conditional(self) -> bool:
-        return bool(StepSpots(self).conditions())
-
-    # -- resume
-    def refuse(self, where: ast.AST, why: str) -> None:
-        self.refusals.append((where, why))
-
-    def _check_resume(self) -> bool:
-        if self.nest.doubtful:
-            self.refuse(self.nest.inner, self.nest.doubtful)
-        if len(self.loops) < len(self.nest.loops) and not self._also_called_once():
-            self.refuse(self.nest.loops[0], "several trainings, one after the other, in this loop")
-        if self.several:
-            self.refuse(self.loops[0], "several training loops in one file")
-        if not self.script.own_line(self.nest.inner.body[0]):
-            self.refuse(self.nest.inner, "the loop's body is on the line of its header")
-        self._state_elsewhere()
-        self._unsavable_optimizer()
-        self._early_scheduler()
-        self._reads_by_hand()
-        return not self.refusals
-
-    def _also_called_once(self) -> bool:
-        """The training function is called in a loop (a search over settings), and without one."""
-        scope = self.script.scope_of(self.loops[0])
-        return isinstance(scope, FUNCTIONS) and any(
-            not self.script.loops_around(call) for call in self.script.callers(scope)
-        )
-
-    def _state_elsewhere(self) -> None:
-        """What a checkpoint cannot hold: an environment, a half-read iterator, a new optimizer."""
-        for node in own_all([*self.loops[0].body, *self.nest.inner.body]):
-            if not isinstance(node, ast.Call):
-                continue
-            func = node.func
-            name, _, method = dotted(func).rpartition(".")
-            if name and ENV_NAME.search(last(name)) and method in {"step", "reset"}:
-                self.refuse(node, f"the state of {name} cannot be saved")
-                return
-            if name and self._keeps_state(name, method):
-                self.refuse(node, f"{name}.{method}() changes {name}, whose state cannot be saved")
-                return
-            if isinstance(func, ast.Name) and func.id == "iter" and self._remade(node):
-                self.refuse(
-                    node, "the iterator is made again in mid-loop; its position cannot be saved"
-                )
-                return
-        for optimizer in self.optimizers:
-            for binding in self.script.bindings.get(optimizer, []):
-                if binding.stmt in own_set(self.loops[0]) and not isinstance(
-                    binding.stmt, ast.AugAssign
-                ):
-                    self.refuse(binding.stmt, f"{optimizer} is made again inside the loop")
-
-    def _unsavable_optimizer(self) -> None:
-        """An optimizer that is an object of the script itself, without a `state_dict`."""
-        makers = {
-            last(dotted(c.func)): c
-            for o in self.optimizers
-            for b in self.script.bindings.get(o, [])
-            for c in _makers(b.value)
-        }
-        for node in self.script.nodes:
-            if (
-                isinstance(node, ast.ClassDef)
-                and node.name in makers
-                and not any("ptim" in dotted(base) for base in node.bases)
-                and not any(isinstance(f, FUNCTIONS) and f.name == "state_dict" for f in node.body)
-            ):
-                self.refuse(makers[node.name], f"{node.name} has no state_dict to save")
-
-    def _keeps_state(self, name: str, method: str) -> bool:
-        """An object made before the loop that moves on with it: a batch source, a buffer."""
-        known = [*self.models, *self.optimizers]
-        if name in known or self.roles.scheduler(name) or self.roles.optimizer(name):
-            return False
-        if SCALER_NAME.search(name) or name.partition(".")[0] in self.script.imports:
-            return False
-        made = [
-            c
-            for b in self.script.bindings.get(name, [])
-            for c in _makers(b.value)
-            if b.stmt not in own_set(self.loops[0])
-        ]
-        classes = [last(dotted(c.func)) for c in made if last(dotted(c.func))[:1].isupper()]
-        if any(
-            re.search(r"Meter|Metric|Log|Writer|Timer|Tracker|Board|tqdm|Progress|Prof", c)
-            for c in classes
-        ):
-            return False
-        if classes and MOVES_ON.search(method):
-            return True
-        return any(self._method_writes(c, method) for c in classes)
-
-    def _method_writes(self, owner: str, method: str) -> bool:
-        """Whether a method of a class of this file assigns attributes of its object."""
-        return any(
-            f.name == method
-            and getattr(self.script.class_of(f), "name", "") == owner
-            and any(t.startswith("self.") for n in own_all(f.body) for t in targets(n))
-            for f in self.script.functions
-        )
-
-    def _remade(self, call: ast.Call) -> bool:
-        return self.nest.inner in self.script.loops_around(call)
-
-    def _early_scheduler(self) -> None:
-        for loop, inner in zip(self.loops, self.loops[1:], strict=False):
-            for stmt in prelude(self.script, loop, inner):
-                for node in own(stmt):
-                    if (
-                        isinstance(node, ast.Call)
-                        and isinstance(node.func, ast.Attribute)
-                        and (
-                            node.func.attr == "step"
-                            and self.roles.scheduler(dotted(node.func.value))
-                        )
-                    ):
-                        self.refuse(
-                            node,
-                            "the scheduler steps at the top of an epoch: a resumed "
-                            "epoch would step it twice",
-                        )
-
-    def _guards(self) -> None:
-        for loop in self.loops:
-            if loop is self.nest.inner:
-                self._guard_batches(loop)
-            elif loop is self.loops[0]:
-                named = isinstance(loop, ast.For) and isinstance(loop.target, ast.Name)
-                label = loop.target.id if named else ""  # type: ignore[union-attr]
-                self.p.add(
-                    Spot(loop.body, 0),
-                    "skip",
-                    f"if {self.obs}.skip_epoch({label}): continue",
-                    "resume",
-                    "a resumed run passes what is done",
-                )
-
-    def _guard_batches(self, loop: Loop) -> None:
-        if isinstance(loop, ast.While) and len(self.loops) == 1 and not reads_next(loop):
-            return
-        index = self._behind_next(loop)
-        code = f"if {self.obs}.skip_batch(): continue"
-        self.p.add(
-            Spot(loop.body, index), "skip", code, "resume", "a resumed run passes what is done"
-        )
-
-    @staticmethod
-    def _behind_next(loop: Loop) -> int:
-        """The guard stands behind `batch = next(it)`: a skipped batch is read all the same."""
-        return sum(isinstance(s, (ast.Assign, ast.Expr)) and reads_next([s]) for s in loop.body)
-
-    def _reads_by_hand(self) -> None:
-        loop = self.nest.inner
-        if reads_next(loop) and reads_next(loop.body[self._behind_next(loop) :]):
-            self.refuse(
-                loop,
-                "next() is called in the middle of the iteration; a resumed run cannot "
-                "pass over it",
-            )
-
-    def _report(self, resumable: bool) -> None:
-        parts = self.out.parts
-        parts["log"] = "yes" if any(i.kind == "step" for i in self.out.insertions) else "no"
-        parts["resume"] = "yes" if resumable else "no"
-        for where, why in self.refusals:
-            self.out.note(where, f"resume is left out: {why}")
+    def _branches(self, node: ast.AST) -> list[ast.AST]:
+        return [n for n, _ in self.script.above(node) if isinstance(n, (ast.If, *LOOPS))]
 
 
-def ends_with_newline(data: bytes) -> bool:
+def listed(names: Sequence[str]) -> str:
+    return f"[{', '.join(names)}]"
+
+
+def ends_a_line(data: bytes) -> bool:
     return data.endswith((b"\n", b"\r"))
 
 
-@cache
-def own_set(node: ast.AST) -> frozenset[ast.AST]:
-    return frozenset(own(node))
-
-
 def key_of(expr: str) -> str:
-    """An identifier for an expression: `loss_g` for `self.loss["g"]`-like names."""
+    """An identifier for an expression: `iter_num` for `self.iter_num`."""
     return re.sub(r"\W+", "_", expr.removeprefix("self.")).strip("_") or "value"
 
 
-def _is_range(expr: ast.expr) -> bool:
-    while isinstance(expr, ast.Call) and expr.args and dotted(expr.func) != "range":
-        expr = expr.args[0]
-    return isinstance(expr, ast.Call) and dotted(expr.func) == "range"
+def is_range(expr: ast.expr) -> bool:
+    return any(called(node) in {"range", "trange"} for node in walk(expr))
 
 
 def loop_source(loop: Loop) -> str:
     """`loader` for `for i, x in enumerate(tqdm(loader))`."""
-    expr = loop.iter if isinstance(loop, (ast.For, ast.AsyncFor)) else None
+    expr = None if isinstance(loop, ast.While) else loop.iter
     while isinstance(expr, ast.Call) and expr.args:
         expr = expr.args[0]
     return dotted(expr)
-
-
-def reads_next(where: Loop | Sequence[ast.stmt]) -> bool:
-    nodes = where if isinstance(where, (list, tuple)) else where.body  # type: ignore[union-attr]
-    return any(
-        isinstance(n, ast.Call)
-        and isinstance(n.func, ast.Name)
-        and n.func.id == "next"
-        and n.args
-        and dotted(n.args[0])
-        for n in own_all(nodes)
-    )
-
-
-def prelude(script: Script, loop: Loop, inner: ast.AST) -> list[ast.stmt]:
-    """The statements of `loop`'s body that come before the one that holds `inner` in this scope."""
-    for index, stmt in enumerate(loop.body):
-        if inner in own_set(stmt):
-            return loop.body[:index]
-    return []
 
 
 # --- Where the step line goes ----------------------------------------------------------------
@@ -1753,60 +1273,56 @@ class StepSpots:
     """The ends of an iteration that made an optimizer step."""
 
     def __init__(self, nest: NestPatcher) -> None:
-        self.n, self.script, self.loop = nest, nest.script, nest.nest.inner
+        self.n, self.script, self.loop = nest, nest.script, nest.inner
+        ways = [self._tests(site) for site in nest.nest.sites]
+        # The `if`s around the only update, outermost first; none if each iteration steps.
+        self.conditions = ways[-1] if all(ways) else []
+        self.first = min([self.script.index_in(self.loop.body, site)
+                          for site, tests in zip(nest.nest.sites, ways, strict=True) if not tests],
+                         default=0)
 
     def find(self) -> list[tuple[Spot, str]]:
-        conditions = self.conditions()
-        if not conditions:
-            first = min(self._top(site) for site in self._steady())
-            return self._ends(self.loop.body, first)
-        return self._conditional(conditions[-1])
-
-    def _top(self, site: ast.AST) -> int:
-        return next(i for i, stmt in enumerate(self.loop.body) if self.script.inside(site, stmt))
-
-    def _steady(self) -> list[ast.AST]:
-        """Sites that every iteration reaches; all of them where both branches of an `if` step."""
-        return [s for s in self.n.nest.sites if not self._tests(s)]
-
-    def conditions(self) -> list[tuple[ast.If, bool]]:
-        """The `if`s around the only update, outermost first; none if each iteration steps."""
-        if self._steady():
-            return []
-        return self._tests(self.n.nest.sites[-1])
+        """The spots, each with a test in words where not every iteration steps."""
+        if not self.conditions:
+            return self._ends(self.loop.body, self.first)
+        outermost, (innermost, taken) = self.conditions[0][0], self.conditions[-1]
+        place = Spot(self.loop.body, self.script.index_in(self.loop.body, outermost))
+        rest = place.block[place.index:]
+        branch = innermost.body if taken else innermost.orelse
+        pure = all(self._pure(test.test, rest) for test, _ in self.conditions)
+        if len(rest) > 1 and pure and not self._exits(rest[1:]):
+            return [(self._end(place.block), self._words())]
+        if self.script.indent_of(branch) is None and pure:
+            return [(self.script.behind(outermost), self._words())]
+        if len(rest) > 1:
+            self.n.out.note(innermost, "more happens after the branch that steps; a checkpoint "
+                                       "taken there has not seen it")
+        first = min(self.script.index_in(branch, site)
+                    for site in self.n.nest.sites if self.script.inside(site, innermost))
+        return self._ends(branch, first)
 
     def _tests(self, site: ast.AST) -> list[tuple[ast.If, bool]]:
         """Enclosing `if`s within the loop that do not step on every path, and the branch taken."""
-        found: list[tuple[ast.If, bool]] = []
-        child = site
-        for parent in self.script.above(site):
-            if parent is self.loop:
-                break
-            if isinstance(parent, ast.If) and not self._always(parent):
-                found.append((parent, child in parent.body))
-            child = parent
-        return found[::-1]
+        around = list(self.script.above(site))
+        inside = around[: [parent for parent, _ in around].index(self.loop)]
+        return [(parent, child in parent.body) for parent, child in reversed(inside)
+                if isinstance(parent, ast.If) and not self._always(parent)]
 
     def _always(self, test: ast.If) -> bool:
         """Both branches step."""
-        return all(any(self._steps(stmt) for stmt in branch) for branch in (test.body, test.orelse))
+        return all(any(map(self._steps, branch)) for branch in (test.body, test.orelse))
 
     def _steps(self, stmt: ast.stmt) -> bool:
         if isinstance(stmt, ast.If):
             return self._always(stmt)
-        if isinstance(stmt, ast.For) and any(
-            isinstance(n, ast.Attribute) and n.attr == "grad" for n in own(stmt)
-        ):
-            return True  # `for p in parameters: p.data.add_(p.grad, …)`
-        return any(self.script.inside(site, stmt) for site in self.n.nest.sites)
+        by_hand = isinstance(stmt, ast.For) and any(
+            getattr(node, "attr", "") == "grad" for node in own(stmt))
+        return by_hand or any(self.script.inside(site, stmt) for site in self.n.nest.sites)
 
     def _ends(self, block: list[ast.stmt], first: int) -> list[tuple[Spot, str]]:
         """The end of `block`, and the exits from the loop after statement `first`."""
-        found: list[tuple[Spot, str]] = []
-        for leave in self._exits(block[first:]):
-            if leave in block:
-                continue
-            found += self._before(leave)
+        leaves = [leave for leave in self._exits(block[first:]) if leave not in block]
+        found = [spot for leave in leaves for spot in self._before(leave)]
         return [*found, (self._end(block), "")]
 
     @staticmethod
@@ -1818,312 +1334,187 @@ class StepSpots:
         return Spot(block, index)
 
     def _exits(self, stmts: Sequence[ast.stmt]) -> list[ast.stmt]:
-        last_site = max(getattr(s, "lineno", 0) for s in self.n.nest.sites)
-        return [
-            n
-            for n in own_all(stmts)
-            if isinstance(n, EXITS)
-            and n.lineno > last_site
-            and (isinstance(n, ast.Return) or self.script.loops_around(n)[0] is self.loop)
-        ]
+        return [node for node in own_all(stmts)
+                if isinstance(node, EXITS) and node.lineno > self.n.last_site
+                and (isinstance(node, ast.Return)
+                     or self.script.loops_around(node)[0] is self.loop)]
 
     def _before(self, leave: ast.stmt) -> list[tuple[Spot, str]]:
-        home = self.script.home[leave]
-        if self.script.line_of(home) is not None:
-            return [(home, "")]
-        owner = self.script.parent[leave]
-        if isinstance(owner, ast.If) and owner in self.script.home and self._pure(owner.test, []):
+        spot, owner = self.script.home[leave], self.script.parent[leave]
+        if self.script.line_of(spot) is not None:
+            return [(spot, "")]
+        if isinstance(owner, ast.If) and spot.block is owner.body and self._pure(owner.test, []):
             place = self.script.home[owner]
-            if self.script.line_of(place) is not None and home.block is owner.body:
+            if self.script.line_of(place) is not None:
                 return [(place, ast.unparse(owner.test))]
         self.n.out.note(leave, "this exit leaves no room for a line; its step is not logged")
         return []
 
-    def _conditional(self, condition: tuple[ast.If, bool]) -> list[tuple[Spot, str]]:
-        """Behind everything under the same tests, or at the end of the branch that steps."""
-        tests = self.conditions()
-        place = Spot(self.loop.body, self._top(tests[0][0]))
-        rest = place.block[place.index :]
-        after = place.block[place.index + 1 :]
-        if (
-            self._matter(after)
-            and all(self._pure(t.test, rest) for t, _ in tests)
-            and not self._exits(after)
-        ):
-            return [(self._end(place.block), " and ".join(self._text(tests)))]
-        test, taken = condition
-        branch = test.body if taken else test.orelse
-        if self._matter(after):
-            self.n.out.note(
-                test,
-                "more happens after the branch that steps; a checkpoint taken there "
-                "has not seen it",
-            )
-        first = next(
-            i
-            for i, s in enumerate(branch)
-            if any(self.script.inside(x, s) for x in self.n.nest.sites)
-        )
-        if self.script.indent_of(branch) is None and self._pure(test.test, [test]):
-            return [(Spot(place.block, place.index + 1), " and ".join(self._text(tests)))]
-        return self._ends(branch, first)
+    def _words(self) -> str:
+        texts = [ast.unparse(test.test) if taken else f"not ({ast.unparse(test.test)})"
+                 for test, taken in self.conditions]
+        return texts[0] if len(texts) == 1 else " and ".join(f"({text})" for text in texts)
 
     @staticmethod
-    def _text(tests: list[tuple[ast.If, bool]]) -> list[str]:
-        texts = [ast.unparse(t.test) if yes else f"not ({ast.unparse(t.test)})" for t, yes in tests]
-        return [f"({t})" if len(texts) > 1 and (" and " in t or " or " in t) else t for t in texts]
-
-    @staticmethod
-    def _matter(stmts: Sequence[ast.stmt]) -> bool:
-        """Whether anything but printing follows."""
-        return any(
-            not (
-                isinstance(s, ast.Pass)
-                or (
-                    isinstance(s, ast.Expr)
-                    and isinstance(s.value, ast.Call)
-                    and last(dotted(s.value.func)) in {"print", "info", "set_postfix"}
-                )
-            )
-            for s in stmts
-        )
-
-    def _pure(self, test: ast.expr, changing: Sequence[ast.stmt]) -> bool:
+    def _pure(test: ast.expr, changing: Sequence[ast.stmt]) -> bool:
         """Only names, numbers and comparisons, none of them assigned in `changing`."""
-        allowed = (
-            ast.Name,
-            ast.Attribute,
-            ast.Constant,
-            ast.BinOp,
-            ast.UnaryOp,
-            ast.BoolOp,
-            ast.Compare,
-            ast.operator,
-            ast.unaryop,
-            ast.boolop,
-            ast.cmpop,
-            ast.expr_context,
-        )
-        for node in walk(test):
-            is_len = isinstance(node, ast.Call) and dotted(node.func) == "len" and not node.keywords
-            if not isinstance(node, allowed) and not is_len:
-                return False
-        written = {name for n in own_all(changing) for name in targets(n)}
-        return not any(dotted(n) in written for n in walk(test) if dotted(n))
+        allowed = (ast.Name, ast.Attribute, ast.Constant, ast.BinOp, ast.UnaryOp, ast.BoolOp,
+                   ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)
+        simple = all(isinstance(n, allowed) or called(n) == "len" for n in walk(test))
+        written = {name for node in own_all(changing) for name in targets(node)}
+        return simple and not any(dotted(n) in written for n in walk(test))
 
 
 # --- The loss --------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Loss:
-    """What is back-propagated: the name, and the code that gives the value to log."""
+class Loss(NamedTuple):
+    """What is back-propagated: its name, the code that gives the value to log, and where."""
 
-    expr: str
+    name: str
     code: str
-    line: int
-
-    @property
-    def root(self) -> str:
-        return self.expr.partition("[")[0]
+    call: ast.Call
 
 
 class Losses:
     """The names of what is back-propagated in a loop."""
 
     def __init__(self, nest: NestPatcher) -> None:
-        self.n, self.script = nest, nest.script
-
-    def names(self) -> list[Loss]:
+        self.n, self.script, self.inner = nest, nest.script, own_set(nest.inner)
+        named = [loss for call, expr in self.propagated() for loss in self._named(expr, call)]
         found: dict[str, Loss] = {}
-        for call, expr in self._propagated():
-            for loss in self._named(expr, call):
-                found.setdefault(loss.expr, loss)
-        for loss in self._returned():
-            found.setdefault(loss.expr, loss)
+        for loss in [*named, *self._returned()]:
+            found.setdefault(loss.name, loss)
+        self.found = list(found.values())
         if not found and not self._in_helper():
-            self.n.out.note(
-                self.n.nest.sites[0],
-                "the loss of this step has no name that can be logged; steps are logged without it",
-            )
-        return list(found.values())
+            nest.out.note(nest.nest.sites[0], "the loss of this step has no name that can be "
+                                              "logged; steps are logged without it")
 
-    def _propagated(self) -> Iterator[tuple[ast.Call, ast.expr]]:
-        inner = own_set(self.n.nest.inner)
+    def propagated(self) -> Iterator[tuple[ast.Call, ast.expr]]:
+        """The calls of this loop that back-propagate, and what they do."""
         for call in self.script.calls:
-            expr = propagated(call, self.n.roles)
-            if expr is None:
-                continue
-            scope = self.script.scope_of(call)
-            if call in inner and scope is self.n.scope:
+            expr, scope = propagated(call, self.n.roles), self.script.scope_of(call)
+            if expr is not None and call in self.inner:
                 yield call, expr
-            elif isinstance(scope, FUNCTIONS) and dotted(expr) in parameters(scope):
-                yield from self._given(scope, dotted(expr), inner)
+            elif not isinstance(scope, ast.Module) and dotted(expr) in parameters(scope):
+                yield from self._given(scope, dotted(expr))
 
-    def _given(
-        self, helper: Function, parameter: str, inner: frozenset[ast.AST]
-    ) -> Iterator[tuple[ast.Call, ast.expr]]:
+    def _given(self, helper: Function, parameter: str) -> Iterator[tuple[ast.Call, ast.expr]]:
         """`backward(loss)`, a helper: what the loop hands to it."""
-        order = [arg.arg for arg in helper.args.args if arg.arg != "self"]
+        index = [name for name in parameters(helper) if name != "self"].index(parameter)
         for call in self.script.callers(helper):
-            index = order.index(parameter) if parameter in order else len(call.args)
-            if call in inner and index < len(call.args):
+            if call in self.inner and index < len(call.args):
                 yield call, call.args[index]
 
     def _named(self, expr: ast.expr, call: ast.Call) -> Iterator[Loss]:
         """The names inside a back-propagated expression."""
+        receiver, method = method_call(expr)
         if isinstance(expr, (ast.Name, ast.Attribute)) and dotted(expr):
-            yield Loss(dotted(expr), self._scaled(dotted(expr), call), call.lineno)
-        elif (
-            isinstance(expr, ast.Subscript)
-            and isinstance(expr.slice, ast.Constant)
-            and isinstance(expr.value, ast.Name)
-        ):
-            yield Loss(ast.unparse(expr), ast.unparse(expr), call.lineno)
+            yield Loss(dotted(expr), self._unscaled(dotted(expr), call), call)
+        elif isinstance(expr, ast.Subscript) and isinstance(expr.slice, ast.Constant):
+            if isinstance(expr.value, ast.Name):
+                yield Loss(ast.unparse(expr), ast.unparse(expr), call)
         elif isinstance(expr, ast.BinOp):
-            if isinstance(expr.op, (ast.Add, ast.Sub)):
-                yield from self._named(expr.left, call)
-                yield from self._named(expr.right, call)
-            else:
-                sides = [expr.left, expr.right]
-                likely = [s for s in sides if LOSS_NAME.search(last(dotted(s)) or "")]
-                yield from self._named((likely or sides)[0], call)
-        elif isinstance(expr, ast.Call) and isinstance(expr.func, ast.Attribute):
-            if expr.func.attr in {"mean", "sum"} and dotted(expr.func.value):
-                name = dotted(expr.func.value)
-                if not name.startswith("torch") and LOSS_NAME.search(last(name)):
-                    yield Loss(name, f"{name}.detach().{expr.func.attr}()", call.lineno)
-            elif expr.func.attr == "scale" and expr.args:
-                yield from self._named(expr.args[0], call)
+            sides = [expr.left, expr.right]
+            if not isinstance(expr.op, (ast.Add, ast.Sub)):
+                sides = sorted(sides, key=lambda s: not LOSS_NAME.search(last(dotted(s))))[:1]
+            for side in sides:
+                yield from self._named(side, call)
+        elif method in {"mean", "sum"} and LOSS_NAME.search(last(receiver)):
+            yield Loss(receiver, f"{receiver}.detach().{method}()", call)
+        elif method == "scale" and isinstance(expr, ast.Call) and expr.args:
+            yield from self._named(expr.args[0], call)
 
-    def _scaled(self, name: str, call: ast.Call) -> str:
+    def _unscaled(self, name: str, call: ast.Call) -> str:
         """Undo `loss = loss / accumulation` for the log."""
-        inner = own_set(self.n.nest.inner)
         for binding in self.script.bindings.get(name, []):
-            if binding.stmt not in inner or binding.stmt.lineno > call.lineno:
+            stmt, value = binding.stmt, binding.value
+            if stmt not in self.inner or stmt.lineno > call.lineno:
                 continue
             divisor: ast.expr | None = None
-            value = binding.value
-            if isinstance(binding.stmt, ast.AugAssign):
-                divisor = value if isinstance(binding.stmt.op, ast.Div) else None
-            elif (
-                isinstance(value, ast.BinOp)
-                and isinstance(value.op, ast.Div)
-                and (dotted(value.left) == name)
-            ):
+            if isinstance(stmt, ast.AugAssign) and isinstance(stmt.op, ast.Div):
+                divisor = value
+            elif (isinstance(value, ast.BinOp) and isinstance(value.op, ast.Div)
+                  and dotted(value.left) == name):
                 divisor = value.right
-            if (
-                divisor is not None
-                and isinstance(divisor, (ast.Name, ast.Attribute, ast.Constant))
-                and (re.search(r"accum|micro|grad", ast.unparse(divisor)))
-            ):
-                return f"{name}.detach() * {ast.unparse(divisor)}"
+            if dotted(divisor) and re.search(r"accum|micro|grad", dotted(divisor)):
+                return f"{name}.detach() * {dotted(divisor)}"
         return name
 
     def _returned(self) -> Iterator[Loss]:
         """`loss = train_step(batch)`: the step is in a helper that returns the loss."""
         for site in self.n.nest.sites:
             stmt = self.script.stmt_of(site)
-            if isinstance(stmt, ast.Assign) and stmt.value is site:
-                for target in stmt.targets:
-                    for name, _, _ in unpack(target, target):
-                        if LOSS_NAME.search(last(name)):
-                            yield Loss(name, name, stmt.lineno)
+            if isinstance(site, ast.Call) and isinstance(stmt, ast.Assign) and stmt.value is site:
+                yield from (Loss(name, name, site) for name in targets(stmt)
+                            if LOSS_NAME.search(last(name)))
 
     def _in_helper(self) -> bool:
         """The step is in a helper that keeps the loss to itself: log it there."""
         for update in self.n.nest.updates:
             scope = self.script.scope_of(update.call)
-            if scope is self.n.scope or not isinstance(scope, FUNCTIONS):
+            if scope is self.n.scope:
                 continue
-            block = scope.body
-            spot = Spot(block, len(block) - isinstance(block[-1], ast.Return))
-            for call in self.script.calls:
-                expr = (
-                    propagated(call, self.n.roles) if self.script.scope_of(call) is scope else None
-                )
-                name = dotted(expr) if expr is not None else ""
-                if name and "." not in name and spot.index and name in self.n.bound.at(spot):
-                    code = f'{self.n.obs}.log({{"loss/train": {name}}})'
-                    return self.n.p.add(spot, "step", code, "log", "the loss, where it has a name")
+            spot = Spot(scope.body, len(scope.body) - isinstance(scope.body[-1], ast.Return))
+            names = [dotted(propagated(call, self.n.roles)) for call in self.script.calls
+                     if self.script.scope_of(call) is scope]
+            for name in names:
+                if name and "." not in name and name in self.script.bound(spot):
+                    return self.n.add(spot, "step", f'{self.n.obs}.log({{"loss/train": {name}}})')
         return False
-
-    def overwritten(self, name: str, spot: Spot) -> bool:
-        """Assigned again, after the backward and before `spot`, in a loop or without gradients."""
-        last_site = max(getattr(s, "lineno", 0) for s in self.n.nest.sites)
-        inner = own_set(self.n.nest.inner)
-        end = self.script.line_of(spot) or 0
-        return any(
-            b.stmt in inner
-            and last_site < b.stmt.lineno < end
-            and not self._same_value(b.value, name)
-            for b in self.script.bindings.get(name, [])
-        )
-
-    @staticmethod
-    def _same_value(value: ast.expr, name: str) -> bool:
-        """`loss = loss.item()` and the like keep it."""
-        return any(dotted(n) == name for n in walk(value))
 
 
 def propagated(call: ast.Call, roles: Roles) -> ast.expr | None:
     """What a call back-propagates, in any of its spellings."""
-    func = call.func
-    if isinstance(func, ast.Attribute) and func.attr == "backward":
-        receiver, name = func.value, last(dotted(func.value))
-        if not call.args or not name or LOSS_NAME.search(name):
-            return receiver
-        first = call.args[0]
-        if (
-            isinstance(first, (ast.List, ast.Tuple)) and first.elts
-        ):  # torch.autograd.backward([...])
+    first = call.args[0] if call.args else None
+    if isinstance(call.func, ast.Attribute) and call.func.attr == "backward":
+        name = last(dotted(call.func.value))
+        if first is None or not name or LOSS_NAME.search(name):
+            return call.func.value
+        if isinstance(first, (ast.List, ast.Tuple)) and first.elts:  # autograd.backward([...])
             first = first.elts[0]
         if ENGINE_NAME.search(name) or LOSS_NAME.search(last(dotted(first))):
             return first
-        return receiver if isinstance(first, ast.Call) else None
-    given = any(roles.optimizer(dotted(a)) for a in call.args)
-    if given and SCALER_NAME.search(last(dotted(func))) and len(call.args) > 1:
-        return call.args[0]
-    return None
+        return call.func.value if isinstance(first, ast.Call) else None
+    handed = any(roles.optimizer(dotted(arg)) for arg in call.args[1:])
+    return first if handed and SCALER_NAME.search(called(call)) else None
 
 
 # --- The batch -------------------------------------------------------------------------------
+LANGUAGE = re.compile(r"block_size|seq_len|vocab|bptt|context_len|n_ctx|tokenizer|token", re.I)
+NOT_BATCH = re.compile(
+    r"\.|loss|^(?:[ijk_]|it|idx|step|epoch|logits)$|^(?:out|pred|hid|batch_i|iter)")
+# Only what a numpy array or a batch object of a library has not.
+TENSOR_METHODS = re.compile(r"^(?:float|long|unsqueeze|numel|permute|contiguous|pin_memory|size)$")
+TENSOR_MAKERS = re.compile(
+    r"^torch\.(?:stack|randn?|randint|tensor|from_numpy|zeros|ones|cat|arange|as_tensor|empty|"
+    r"normal|linspace|(?:Long|Float)Tensor)$")
+TAKES_TENSORS = re.compile(
+    r"^(?:torch|F)\.(?!.*\butils\.)(?:\w+\.)*"
+    r"(?!tensor|as_tensor|from_numpy|device|manual_seed|load|save|no_grad)[a-z]\w*$")
+
+
 class Batch:
     """How many tokens or samples a step took, where that can be read off."""
 
-    def __init__(self, nest: NestPatcher) -> None:
-        self.n, self.script = nest, nest.script
+    def __init__(self, nest: NestPatcher, bound: Names) -> None:
+        self.n, self.script, self.bound = nest, nest.script, bound
 
-    def amount(self, spot: Spot, bound: frozenset[str]) -> list[str]:
+    def amount(self) -> list[str]:
         for name in self._candidates():
-            if name in bound and self._is_tensor(name):
-                times = self._accumulated(bound)
+            if name in self.bound and self._is_tensor(name):
                 if LANGUAGE.search(self.script.source):
-                    return [f"tokens={name}.numel(){times}"]
-                return [f"samples={name}.size(0){times}"]
+                    return [f"tokens={name}.numel(){self._times()}"]
+                return [f"samples={name}.size(0){self._times()}"]
         return []
 
     def _candidates(self) -> list[str]:
-        loop = self.n.nest.inner
-        names = []
-        if isinstance(loop, (ast.For, ast.AsyncFor)) and not _is_range(loop.iter):
-            names = [n for n, _, _ in unpack(loop.target, loop.target)]
+        """What the loop gives, and what its body takes out of a tuple."""
+        loop = self.n.inner
+        names = [] if isinstance(loop, ast.While) or is_range(loop.iter) else targets(loop)
         for node in own_all(loop.body):
             if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Call, ast.Tuple)):
-                names += [
-                    n
-                    for target in node.targets
-                    if isinstance(target, ast.Tuple)
-                    for n, _, _ in unpack(target, node.value)
-                ]
-        return [
-            n
-            for n in names
-            if "." not in n
-            and not LOSS_NAME.search(n)
-            and not re.search(
-                r"^(?:i|j|k|idx|step|epoch|_|it|batch_idx|iteration|batch_i|out\w*|logits|pred\w*|hidden)$",
-                n,
-            )
-        ]
+                names += [name for t in node.targets if isinstance(t, ast.Tuple)
+                          for name in names_in(t)]
+        return [name for name in names if not NOT_BATCH.search(name)]
 
     def _is_tensor(self, name: str) -> bool:
         """Certain only by use: a tensor's own method is called, torch takes it, torch made it."""
@@ -2131,149 +1522,214 @@ class Batch:
         made = [b for b in self.script.bindings.get(name, []) if b.scope is scope]
         if any(re.search(r"numpy|tolist|item\(\)|\bnp\.", ast.unparse(b.value)) for b in made):
             return False
-        calls = [n for n in own_all(self.n.scope.body) if isinstance(n, ast.Call)]
-        return any(self._used_as_tensor(c, name) for c in calls) or any(
-            self._makes_tensor(b, 2) for b in made
-        )
+        return (any(self._used_as_tensor(node, name) for node in own_all(self.n.scope.body))
+                or any(self._makes_tensor(b, 2) for b in made))
 
-    def _used_as_tensor(self, call: ast.Call, name: str) -> bool:
-        func = call.func
-        if isinstance(func, ast.Attribute) and dotted(func.value) == name:
-            return bool(TENSOR_METHODS.match(func.attr))
-        full = self.script.resolve(func)
-        if not full.startswith(("torch.", "F.")) or TAKES_NO_TENSOR.match(last(full)):
-            return False
-        for arg in call.args:
-            if isinstance(arg, ast.Call) and isinstance(arg.func, ast.Attribute):
-                arg = arg.func.value  # F.cross_entropy(logits, y.flatten())
-            if isinstance(arg, ast.Name) and arg.id == name:
-                return last(full)[:1].islower() and ".utils." not in full
-        return False
+    def _used_as_tensor(self, node: ast.AST, name: str) -> bool:
+        receiver, method = method_call(node)
+        if receiver == name or not isinstance(node, ast.Call):
+            return bool(TENSOR_METHODS.match(method))
+        given = [method_call(arg)[0] or dotted(arg) for arg in node.args
+                 if isinstance(arg, (ast.Name, ast.Call))]
+        return name in given and bool(TAKES_TENSORS.match(self.script.resolve(node.func)))
 
     def _makes_tensor(self, binding: Binding, depth: int) -> bool:
         value = binding.value
-        if isinstance(value, ast.Subscript) and isinstance(value.value, ast.Name):
-            made = self.script.bindings.get(value.value.id, [])
-            cut = any(isinstance(n, ast.Slice) for n in walk(value.slice))
-            return cut and depth > 0 and any(self._makes_tensor(b, depth - 1) for b in made)
-        while (
-            isinstance(value, ast.Call)
-            and isinstance(value.func, ast.Attribute)
-            and (value.func.attr in {"to", "cuda", "pin_memory", "long", "float"})
-        ):
-            if isinstance(value.func.value, ast.Name) and binding.name == value.func.value.id:
+        if isinstance(value, ast.Subscript):
+            cut = any(isinstance(node, ast.Slice) for node in walk(value.slice))
+            return cut and depth > 0 and self._all_tensors(dotted(value), None, depth - 1)
+        while method_call(value)[1] in {"to", "cuda"}:
+            value = value.func.value  # type: ignore[attr-defined]
+            if dotted(value) == binding.name:  # `for x, y in loader: x = x.to(device)`
                 return self._from_tuple(binding.name)
-            value = value.func.value
         if not isinstance(value, ast.Call):
             return False
-        full = self.script.resolve(value.func)
-        if full.startswith("torch.") and TENSOR_MAKERS.match(last(full)):
-            return True
         helper = self.script.definition(value)
-        return bool(helper and depth and self._returns_tensor(helper, binding.index, depth))
+        return bool(TENSOR_MAKERS.match(self.script.resolve(value.func))) or bool(
+            helper and depth and self._returns_tensor(helper, binding.index, depth - 1))
 
     def _from_tuple(self, name: str) -> bool:
-        """`for x, y in loader: x = x.to(device)`: an element of a batch tuple."""
-        loop = self.n.nest.inner
-        return isinstance(loop, (ast.For, ast.AsyncFor)) and any(
-            isinstance(t, ast.Tuple)
-            and any(dotted(e) == name for e in t.elts)
-            and not (
-                isinstance(loop.iter, ast.Call)
-                and dotted(loop.iter.func) == "enumerate"
-                and t is loop.target
-            )
-            for t in walk(loop.target)
-        )
+        loop = self.n.inner
+        if isinstance(loop, ast.While):
+            return False
+        counted = isinstance(loop.iter, ast.Call) and dotted(loop.iter.func) == "enumerate"
+        return any(isinstance(part, ast.Tuple) and name in map(dotted, part.elts)
+                   for part in walk(loop.target) if not (counted and part is loop.target))
 
     def _returns_tensor(self, helper: Function, index: int | None, depth: int) -> bool:
-        for node in own_all(helper.body):
-            if isinstance(node, ast.Return) and node.value is not None:
-                value = node.value
-                if isinstance(value, ast.Tuple) and index is not None and index < len(value.elts):
-                    value = value.elts[index]
-                if not isinstance(value, ast.Name):
-                    return False
-                made = [b for b in self.script.bindings.get(value.id, []) if b.scope is helper]
-                return bool(made) and self._makes_tensor(made[0], depth - 1)
-        return False
+        value = returned(helper, index)
+        return isinstance(value, ast.Name) and self._all_tensors(value.id, helper, depth)
 
-    def _accumulated(self, bound: frozenset[str]) -> str:
+    def _all_tensors(self, name: str, scope: Scope | None, depth: int) -> bool:
+        made = [b for b in self.script.bindings.get(name, []) if scope in (None, b.scope)]
+        return bool(made) and any(self._makes_tensor(b, depth) for b in made)
+
+    def _times(self) -> str:
         """` * n` when n batches make one step."""
-        count = ""
-        for call, _ in Losses(self.n)._propagated():
+        counts: list[ast.expr] = []
+        for call, _ in self.n.losses.propagated():
             loops = self.script.loops_around(call)
-            inner = loops[: loops.index(self.n.nest.inner)] if self.n.nest.inner in loops else []
-            for loop in inner:
-                if (
-                    isinstance(loop, ast.For)
-                    and isinstance(loop.iter, ast.Call)
-                    and dotted(loop.iter.func) == "range"
-                    and len(loop.iter.args) == 1
-                ):
-                    count = ast.unparse(loop.iter.args[0])
-        for test, _ in StepSpots(self.n).conditions():
-            for node in walk(test.test):
-                if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod):
-                    count = ast.unparse(node.right)
+            for loop in loops[: loops.index(self.n.inner)]:
+                if isinstance(loop, ast.For) and called(loop.iter) == "range":
+                    counts += loop.iter.args[-1:]  # type: ignore[attr-defined]
+        counts += [n.right for test, _ in self.n.spots.conditions for n in walk(test.test)
+                   if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Mod)]
+        count = ast.unparse(counts[-1]) if counts else "1"
         return f" * {count}" if re.fullmatch(r"[\w.]+", count) and count != "1" else ""
 
 
-# --- What the loop carries -------------------------------------------------------------------
-@dataclass
-class Carry:
-    """What a resume gives back: its lines, and key -> expression for the step line."""
-
-    lines: list[tuple[Spot, str]]
-    values: dict[str, str]
-
-    def write(self, nest: NestPatcher) -> None:
-        for spot, code in self.lines:
-            nest.p.add(
-                spot,
-                "resume",
-                code,
-                "resume",
-                "what the loop carries from one iteration to the next",
-                "likely",
-            )
+def returned(helper: Function, index: int | None) -> ast.expr | None:
+    """What a function returns; `index`, where its caller takes a tuple apart."""
+    for node in own_all(helper.body):
+        if isinstance(node, ast.Return) and node.value is not None:
+            if index is None or not isinstance(node.value, ast.Tuple):
+                return node.value if index is None else None
+            return node.value.elts[index] if index < len(node.value.elts) else None
+    return None
 
 
-NOT_CARRIED = re.compile(r"^pbar|progress_?bar|tqdm|writer$|logger$|^prof(?:iler)?$", re.I)
+# --- What a resume needs ---------------------------------------------------------------------
+Refusal = tuple[ast.AST, str]
+
+
+def refusals(n: NestPatcher) -> list[Refusal]:
+    """Why a resume of this loop could not be exact: the first finding of each rule."""
+    rules = (_several_runs, _no_room_for_guards, _state_outside, _optimizer_made_again,
+             _optimizer_without_state, _scheduler_steps_first, _reads_in_the_middle)
+    return [found for rule in rules for found in list(rule(n))[:1]]
+
+
+def _several_runs(n: NestPatcher) -> Iterator[Refusal]:
+    if n.nest.doubtful:
+        yield n.inner, n.nest.doubtful
+    if n.loops != n.nest.loops:
+        yield n.nest.loops[0], "several trainings, one after the other, in this loop"
+    if n.several:
+        yield n.outer, "several training loops in one file"
+
+
+def _no_room_for_guards(n: NestPatcher) -> Iterator[Refusal]:
+    if not n.script.own_line(n.inner.body[0]):
+        yield n.inner, "the loop's body is on the line of its header"
+
+
+def _state_outside(n: NestPatcher) -> Iterator[Refusal]:
+    """What a checkpoint cannot hold: an environment, a batch source, a half-read iterator."""
+    for node in own_all([*n.outer.body, *n.inner.body]):
+        name, method = method_call(node)
+        if ENV_NAME.search(last(name)) and method in {"step", "reset"}:
+            yield node, f"the state of {name} cannot be saved"
+        elif name and _moves_on(n, name, method):
+            yield node, f"{name}.{method}() changes {name}, whose state cannot be saved"
+        elif called(node) == "iter" and n.inner in n.script.loops_around(node):
+            yield node, "the iterator is made again in mid-loop; its position cannot be saved"
+
+
+def _moves_on(n: NestPatcher, name: str, method: str) -> bool:
+    """An object made before the loop that changes with it: a batch source, a buffer."""
+    if (name in n.models or n.roles.scheduler(name) or n.roles.optimizer(name)
+            or SCALER_NAME.search(name) or name.partition(".")[0] in n.script.imports):
+        return False
+    made = [c for b in n.script.bindings.get(name, []) if b.stmt not in own_set(n.outer)
+            for c in makers(b.value)]
+    classes = {called(call) for call in made if called(call)[:1].isupper()}
+    if any(map(KEEPS_NO_STATE.search, classes)):
+        return False
+    return bool(classes and MOVES_ON.search(method)) or any(
+        f.name == method and getattr(n.script.class_of(f), "name", "") in classes
+        and any(t.startswith("self.") for node in own_all(f.body) for t in targets(node))
+        for f in n.script.functions)
+
+
+def _optimizer_made_again(n: NestPatcher) -> Iterator[Refusal]:
+    for name in n.optimizers:
+        for binding in n.script.bindings.get(name, []):
+            if binding.stmt in own_set(n.outer):
+                yield binding.stmt, f"{name} is made again inside the loop"
+
+
+def _optimizer_without_state(n: NestPatcher) -> Iterator[Refusal]:
+    """An optimizer that is an object of the script itself, without a `state_dict`."""
+    made = {called(call): call for name in n.optimizers for call in n.script.made(name)}
+    for node in n.script.nodes:
+        if isinstance(node, ast.ClassDef) and node.name in made:
+            known = any("ptim" in dotted(base) for base in node.bases)
+            if not known and not any(getattr(f, "name", "") == "state_dict" for f in node.body):
+                yield made[node.name], f"{node.name} has no state_dict to save"
+
+
+def _scheduler_steps_first(n: NestPatcher) -> Iterator[Refusal]:
+    for loop, inner in zip(n.loops, n.loops[1:], strict=False):
+        for node in own_all(prelude(loop, inner)):
+            name, method = method_call(node)
+            if method == "step" and n.roles.scheduler(name):
+                yield node, ("the scheduler steps at the top of an epoch: a resumed epoch would "
+                             "step it twice")
+
+
+def _reads_in_the_middle(n: NestPatcher) -> Iterator[Refusal]:
+    if any(map(reads_next, n.inner.body[first_unread(n.inner):])):
+        yield n.inner, ("next() is called in the middle of the iteration; a resumed run cannot "
+                        "pass over it")
+
+
+def first_unread(loop: Loop) -> int:
+    """Where the guard stands: behind `batch = next(it)`, a skipped batch is read all the same."""
+    return sum(isinstance(s, (ast.Assign, ast.Expr)) and reads_next(s) for s in loop.body)
+
+
+def reads_next(stmt: ast.stmt) -> bool:
+    return any(isinstance(n, ast.Call) and dotted(n.func) == "next" and n.args and dotted(n.args[0])
+               for n in own(stmt))
+
+
+def prelude(loop: Loop, inner: ast.AST) -> list[ast.stmt]:
+    """The statements of `loop`'s body that come before the one that holds `inner`."""
+    for index, stmt in enumerate(loop.body):
+        if inner in own_set(stmt):
+            return loop.body[:index]
+    return []
 
 
 class Carried:
     """The loop-carried locals, and the lines that give them back."""
 
     def __init__(self, nest: NestPatcher) -> None:
-        self.n, self.script, self.bound = nest, nest.script, nest.bound
-
-    def find(self) -> Carry:
-        result = self.result = Carry([], {})
-        mine = [lp for lp in self.n.loops if self.script.scope_of(lp) is self.n.scope]
-        done: set[str] = set()
-        for loop, inner in zip(mine, [*mine[1:], None], strict=False):
-            names = [
-                n for n in self._carried(loop) if n not in done and not self._later(n, loop, inner)
-            ]
-            done |= set(names)
-            defaults = {n: n for n in names}
+        self.n, self.script = nest, nest.script
+        self.lines: list[tuple[Spot, str]] = []
+        mine = [loop for loop in nest.loops if self.script.scope_of(loop) is nest.scope]
+        carried = {loop: self._carried(loop) for loop in nest.loops}
+        self.values: dict[str, str] = {}  # key -> expression, for the step line
+        for loop, inner in zip(mine, [*mine[1:], None], strict=True):
+            later = self._set_on_the_way(loop, inner) & set(carried.get(inner, [])) if inner else {}
+            known = self.values.values()
+            defaults = {n: n for n in carried[loop] if n not in known and n not in later}
             if loop is mine[0]:
-                defaults |= {n: "None" for n in self._tail(mine) if n not in defaults}
-            result.values |= self._resume(self.script.home[loop], defaults)
-        for loop in self.n.loops:
-            if loop not in mine and isinstance(loop, ast.For | ast.While):
-                defaults = {n: n for n in self._carried(loop)}
-                self._resume(Spot(loop.body, 0), defaults)
-        return result
+                tail = [n for n in self._left_behind(mine[-1]) if n not in defaults]
+                defaults |= dict.fromkeys(tail, "None")
+            self.values |= self._resume(self.script.home[loop], defaults)
+        for loop in nest.loops[: -len(mine)]:
+            self._resume(Spot(loop.body, 0), {n: n for n in carried[loop]})
+
+    def write(self) -> None:
+        for spot, code in self.lines:
+            self.n.add(spot, "resume", code, "likely")
+        obs, loops, inner = self.n.obs, self.n.loops, self.n.inner
+        if loops[0] is not inner:
+            label = getattr(getattr(loops[0], "target", None), "id", "")
+            code = f"if {obs}.skip_epoch({label}): continue"
+            self.n.add(Spot(loops[0].body, 0), "skip", code)
+        counted = len(loops) == 1 and isinstance(inner, ast.While)  # by a step that is carried
+        if not counted or any(map(reads_next, inner.body)):
+            code = f"if {obs}.skip_batch(): continue"
+            self.n.add(Spot(inner.body, first_unread(inner)), "skip", code)
 
     def _resume(self, spot: Spot, defaults: dict[str, str]) -> dict[str, str]:
-        if not defaults:
-            return {}
         keys = {self._key(name): name for name in defaults}
-        left = ", ".join(keys.values())
-        right = ", ".join(f"{key}={defaults[name]}" for key, name in keys.items())
-        self.result.lines.append((spot, f"{left} = {self.n.obs}.resume({right})"))
+        given = ", ".join(f"{key}={defaults[name]}" for key, name in keys.items())
+        if keys:
+            code = f"{', '.join(keys.values())} = {self.n.obs}.resume({given})"
+            self.lines.append((spot, code))
         return keys
 
     def _key(self, name: str) -> str:
@@ -2284,267 +1740,97 @@ class Carried:
         self.n.p.keys.add(key)
         return key
 
-    def _later(self, name: str, loop: Loop, inner: Loop | None) -> bool:
-        """Assigned between this loop's head and the next one: give it back only there."""
-        if inner is None:
-            return False
-        before = prelude(self.script, loop, inner)
-        return any(name in set(targets(n)) for n in own_all(before)) and name in self._carried(
-            inner
-        )
+    @staticmethod
+    def _set_on_the_way(loop: Loop, inner: Loop) -> set[str]:
+        """Assigned between this loop's head and the next one: given back only there."""
+        return {name for node in own_all(prelude(loop, inner)) for name in targets(node)}
 
     def _carried(self, loop: Loop) -> list[str]:
         """Names bound before the loop, assigned in it, and read before they are assigned there."""
-        outside = self.bound.at(self.script.home[loop])
-        written: dict[str, None] = {}
-        for node in own_all(loop.body):
-            if isinstance(node, (ast.Import, ast.ImportFrom, *FUNCTIONS, ast.ClassDef)):
-                continue
-            written.update(dict.fromkeys(targets(node)))
-        for name in [n for n in written if "." in n and n.partition(".")[0] in written]:
-            del written[name]  # an attribute of a name that is bound anew each time
-        reader = Exposed(self.script, self.n.scope)
-        exposed = reader.of(loop)
-        kept = [n for n in written if n in exposed and self._plain(n, loop, outside, reader.direct)]
-        return [*kept, *self._mutated(loop, outside, set(kept))]
+        written = dict.fromkeys(
+            name for node in own_all(loop.body) for name in targets(node)
+            if not isinstance(node, (ast.Import, ast.ImportFrom, *DEFINITIONS)))
+        flow = Flow()
+        if isinstance(loop, ast.While):
+            flow.read(loop.test, frozenset())
+        flow.block(loop.body, frozenset(targets(loop)))
+        direct = set(flow.unbound)
+        flow.block(self.script.after(loop, LOOPS), frozenset())
+        read = flow.unbound.keys() | self._closed_over(loop)
+        bound = self.script.bound(self.script.home[loop])
+        names = [
+            name for name in written if name in read and self._is_local(name, loop)
+            # An attribute of a name that is bound anew each time is not carried itself.
+            and not ("." in name and name.partition(".")[0] in written)
+            and not self._is_known(name)]
+        for name in names:
+            if (name in direct - bound and not LOSS_NAME.search(name)
+                    and not METRIC_NAME.search(name)):
+                self.n.refuse(loop, f"{name} goes from one iteration to the next, but is not "
+                                    f"certainly bound before the loop")
+        names = [name for name in names if name in bound and self._is_plain(name)]
+        filled = dict.fromkeys(name for node in own_all(loop.body) for name in mutated(node))
+        return [*names, *(name for name in filled if name in bound and name not in names
+                          and self._is_local(name, loop) and self._is_container(name))]
 
-    def _plain(
-        self, name: str, loop: Loop, outside: frozenset[str], direct: frozenset[str]
-    ) -> bool:
-        """Whether a value can be put into a checkpoint as it is."""
-        roles = self.n.roles
-        if (
-            NOT_CARRIED.search(last(name))
-            or name in self.n.optimizers
-            or name in self.n.models
-            or roles.made_by(name, OPTIMIZER_CALL, "torch.optim.")
-            or roles.made_by(name, SCHEDULER_CALL)
-        ):
-            return False
+    def _closed_over(self, loop: Loop) -> Names:
+        """Names of this scope that functions of the script read."""
+        return frozenset(
+            name for f in self.script.functions if f is not self.script.scope_of(loop)
+            for name in loads(own_all(f.body)) - locals_of(f) if "." not in name)
+
+    def _is_local(self, name: str, loop: Loop) -> bool:
         scope = self.script.scope_of(loop)
-        if "." not in name and name not in locals_of(scope) and not self._declared(name, scope):
+        return "." in name or name in locals_of(scope) or any(
+            name in n.names for n in own_all(scope.body)
+            if isinstance(n, (ast.Global, ast.Nonlocal)))
+
+    def _is_known(self, name: str) -> bool:
+        """What a checkpoint holds anyway, or what shows something on a screen."""
+        roles = self.n.roles
+        return bool(NOT_CARRIED.search(last(name))) or (
+            name in [*self.n.optimizers, *self.n.models]
+            or roles.made_by(name, OPTIMIZER_CALL) or roles.made_by(name, SCHEDULER_CALL))
+
+    def _is_plain(self, name: str) -> bool:
+        """Whether a value can be put into a checkpoint as it is."""
+        calls = self.script.made(name)
+        if any(CLOCK.match(self.script.resolve(call.func)) for call in calls):
             return False
-        if name not in outside:
-            if name in direct and not LOSS_NAME.search(name) and not METRIC_NAME.search(name):
-                self.n.refuse(
-                    loop,
-                    f"{name} goes from one iteration to the next, but is not "
-                    f"certainly bound before the loop",
-                )
-            return False
-        made = [c for b in self.script.bindings.get(name, []) for c in _makers(b.value)]
-        if any(
-            CLOCK.match(self.script.resolve(c.func)) or CLOCK.match(dotted(c.func)) for c in made
-        ):
-            return False
-        strange = [c for c in made if self._is_object(c)]
-        if strange:
-            self.n.out.note(
-                strange[0],
-                f"{name} is an object of {dotted(strange[0].func)}; a resume does not restore it",
-            )
-            return False
+        for call in calls:
+            kind = called(call)
+            if kind in HOLDS_A_POSITION or (kind[:1].isupper() and not kind.endswith("Tensor")):
+                self.n.out.note(call, f"{name} is an object of {dotted(call.func)}; a resume does "
+                                      f"not restore it")
+                return False
         return True
 
-    def _declared(self, name: str, scope: Scope) -> bool:
-        return any(
-            isinstance(n, (ast.Global, ast.Nonlocal)) and name in n.names
-            for n in own_all(scope.body)
-        )
+    def _is_container(self, name: str) -> bool:
+        made = self.script.bindings.get(name, [])
+        literals = (ast.List, ast.Dict, ast.ListComp, ast.DictComp)
+        return bool(made) and all(
+            isinstance(b.value, literals) or called(b.value) in {"list", "dict"} for b in made)
 
-    @staticmethod
-    def _is_object(call: ast.Call) -> bool:
-        name = last(dotted(call.func))
-        return name in {"iter", "open", "tqdm", "trange", "cycle", "enumerate", "zip", "deque"} or (
-            name[:1].isupper() and not name.endswith("Tensor")
-        )
-
-    def _mutated(self, loop: Loop, outside: frozenset[str], kept: set[str]) -> list[str]:
-        """Lists and dicts made before the loop and filled in it."""
-        found: dict[str, None] = {}
-        for node in own_all(loop.body):
-            name = ""
-            if (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Attribute)
-                and (node.func.attr in {"append", "extend", "update", "pop", "insert", "clear"})
-            ):
-                name = dotted(node.func.value)
-            elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
-                name = dotted(node.value)
-            if name and name in outside and name not in kept and self._is_container(name, loop):
-                found[name] = None
-        return list(found)
-
-    def _is_container(self, name: str, loop: Loop) -> bool:
-        made = [b for b in self.script.bindings.get(name, []) if b.value is not None]
-        scope = self.script.scope_of(loop)
-        local = "." in name or name in locals_of(scope) or self._declared(name, scope)
-        return (
-            local
-            and bool(made)
-            and all(
-                isinstance(b.value, (ast.List, ast.Dict, ast.ListComp, ast.DictComp))
-                or (isinstance(b.value, ast.Call) and dotted(b.value.func) in {"list", "dict"})
-                for b in made
-            )
-            and not isinstance(scope, ast.Lambda)
-        )
-
-    def _tail(self, mine: list[Loop]) -> list[str]:
+    def _left_behind(self, inner: Loop) -> list[str]:
         """Names that only the batch loop binds and that are read after it: a run that resumes at
         the end of an epoch reads them before any batch has bound them."""
-        inner = mine[-1]
-        outside = self.bound.at(self.script.home[inner])
+        start = self.script.bound(self.script.home[inner]).union(targets(inner))
         written = {name for node in own_all(inner.body) for name in targets(node)}
-        inside = certain(inner.body) & written & locals_of(self.n.scope)
-        found: dict[str, None] = {}
-        for stmt in self._after(mine):
-            for node in own(stmt):
-                name = dotted(node) if isinstance(node, ast.Name) else ""
-                if (
-                    name in inside
-                    and name not in outside
-                    and isinstance(node, ast.Name)
-                    and isinstance(node.ctx, ast.Load)
-                ):
-                    found[name] = None
-        made = set(targets(inner))
-        return [n for n in found if n not in made and not self._rebound(n, mine)]
-
-    def _after(self, mine: list[Loop]) -> list[ast.stmt]:
-        found: list[ast.stmt] = []
-        for loop in mine:
-            home: ast.AST = loop
-            while isinstance(home, ast.stmt) and not isinstance(home, (*FUNCTIONS, ast.ClassDef)):
-                spot = self.script.home[home]
-                found += spot.block[spot.index + 1 :]
-                home = self.script.parent[home]
-        return found
-
-    def _rebound(self, name: str, mine: list[Loop]) -> bool:
-        inner = own_set(mine[-1])
-        first = min(
-            (
-                n.lineno
-                for s in self._after(mine)
-                for n in own(s)
-                if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load)
-            ),
-            default=0,
-        )
-        return any(
-            b.stmt not in inner
-            and b.stmt.lineno < first
-            and b.stmt.lineno > mine[-1].lineno
-            and b.scope is self.n.scope
-            for b in self.script.bindings.get(name, [])
-        )
+        end = self.script.bound(Spot(inner.body, len(inner.body)))
+        flow = Flow()
+        flow.block(self.script.after(inner), start)
+        return [name for name in flow.unbound
+                if name in end & written & locals_of(self.n.scope) and name not in start]
 
 
-class Exposed:
-    """Names that an iteration reads before it assigns them: they come from the one before."""
-
-    def __init__(self, script: Script, scope: Scope) -> None:
-        self.script, self.scope = script, scope
-        self.found: set[str] = set()
-        self.direct: frozenset[str] = frozenset()  # read in the loop itself, not behind it
-        self.under: dict[str, set[str]] = {}  # bound wherever this test was true before
-
-    def of(self, loop: Loop) -> set[str]:
-        self.found = set()
-        defined = set(targets(loop))
-        if isinstance(loop, ast.While):
-            self._reads(loop.test, defined)
-        self._block(loop.body, defined)
-        self.direct = frozenset(self.found)
-        self._elsewhere(loop)
-        return self.found
-
-    def _elsewhere(self, loop: Loop) -> None:
-        """Read by functions that close over the name, or after the loop."""
-        for function in self.script.functions:
-            hidden = locals_of(function)
-            self.found |= {
-                n.id
-                for n in own_all(function.body)
-                if isinstance(n, ast.Name)
-                and isinstance(n.ctx, ast.Load)
-                and n.id not in hidden
-                and self.script.scope_of(loop) is not function
-            }
-        node: ast.AST = loop
-        while isinstance(node, ast.stmt) and not isinstance(node, FUNCTIONS):
-            spot = self.script.home[node]
-            self._block(spot.block[spot.index + 1 :], set())
-            node = self.script.parent[node]
-            if isinstance(node, LOOPS):
-                break
-
-    def _reads(self, node: ast.AST, defined: set[str]) -> None:
-        inside = {
-            n.id
-            for c in own(node)
-            if isinstance(c, ast.comprehension)
-            for n in walk(c.target)
-            if isinstance(n, ast.Name)
-        }
-        inside |= {a.arg for c in own(node) if isinstance(c, ast.arguments) for a in c.args}
-        for inner in own(node):
-            if isinstance(inner, (ast.Name, ast.Attribute)) and isinstance(inner.ctx, ast.Load):
-                name = dotted(inner)
-                if name and name not in defined and name.partition(".")[0] not in inside:
-                    self.found.add(name)
-            if isinstance(inner, FUNCTIONS):
-                self.found |= {n.id for n in walk(inner) if isinstance(n, ast.Name)} - defined
-
-    def _block(self, block: Sequence[ast.stmt], defined: set[str]) -> set[str]:
-        for stmt in block:
-            self._stmt(stmt, defined)
-        return defined
-
-    def _stmt(self, stmt: ast.stmt, defined: set[str]) -> None:
-        if isinstance(stmt, ast.If):
-            self._reads(stmt.test, defined)
-            test = ast.unparse(stmt.test)
-            known = defined | self.under.get(test, set())
-            taken = [self._block(stmt.body, set(known)), self._block(stmt.orelse, set(defined))]
-            self.under[test] = self.under.get(test, set()) | taken[0]
-            ends = [b and isinstance(b[-1], (*EXITS, ast.Raise)) for b in (stmt.body, stmt.orelse)]
-            alive = [t for t, end in zip(taken, ends, strict=True) if not end] or taken
-            defined |= set.intersection(*alive)
-        elif isinstance(stmt, LOOPS):
-            self._reads(stmt.test if isinstance(stmt, ast.While) else stmt.iter, defined)
-            body = self._block(stmt.body, set(defined) | set(targets(stmt)))
-            if _propagates(stmt):
-                defined |= body
-            self._block(stmt.orelse, set(defined))
-        elif isinstance(stmt, (ast.With, ast.AsyncWith)):
-            for item in stmt.items:
-                self._reads(item.context_expr, defined)
-            defined |= set(targets(stmt))
-            self._block(stmt.body, defined)
-        elif isinstance(stmt, ast.Try):
-            before = set(defined)
-            self._block([*stmt.body, *stmt.orelse], defined)
-            for handler in stmt.handlers:
-                end = self._block(handler.body, set(before))
-                if not (handler.body and isinstance(handler.body[-1], (*EXITS, ast.Raise))):
-                    defined &= end
-            self._block(stmt.finalbody, defined)
-        else:
-            self._simple(stmt, defined)
-
-    def _simple(self, stmt: ast.stmt, defined: set[str]) -> None:
-        self._reads(stmt, defined)
-        if isinstance(stmt, ast.AugAssign):
-            name = dotted(stmt.target)
-            if name and name not in defined:
-                self.found.add(name)
-        defined |= set(targets(stmt))
-        for node in own(stmt):
-            if isinstance(node, ast.NamedExpr):
-                defined |= set(targets(node))
+def mutated(node: ast.AST) -> list[str]:
+    """The list or dict that a call or an assignment to an item fills."""
+    receiver, method = method_call(node)
+    if method in MUTATORS:
+        return [receiver]
+    if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+        return [dotted(node.value)]
+    return []
 
 
 # --- Evaluations -----------------------------------------------------------------------------
@@ -2557,320 +1843,214 @@ class Evaluations:
         self.scopes = {self.script.scope_of(loop) for loop in nest.nest.loops}
 
     def add(self) -> None:
-        calls = self._calls()
+        calls = [call for call in self.script.calls if self._evaluates(call)]
         recorded = [self._call(call) for call in calls]
-        recorded.append(self._inline())
-        if any(recorded) or (calls and self.out.parts["validation"] != "yes"):
-            self.out.parts["validation"] = "yes" if any(recorded) else "no"
+        recorded.append(self._written_out() or self._phases())
+        if any(recorded):
+            self.out.parts["validation"] = "yes"
+        elif calls and self.out.parts["validation"] != "yes":
+            self.out.parts["validation"] = "no"
 
-    def _calls(self) -> list[ast.Call]:
-        found = []
-        for call in self.script.calls:
-            name = last(dotted(call.func))
-            if (
-                not EVAL_NAME.search(name)
-                or name[:1].isupper()
-                or name == "eval"
-                or (self.script.resolve(call.func).startswith(("torch.", "numpy.")))
-            ):
-                continue
-            if re.search(
-                r"load|data|transform|set$|iter|split|token|batch|dir$|path|freq", name, re.I
-            ):
-                continue
-            if self.script.scope_of(call) in self.scopes and self._alive(call):
-                found.append(call)
-        return found
+    def _evaluates(self, call: ast.Call) -> bool:
+        """Named like an evaluation, and called while the run is open."""
+        name, scope = called(call), self.script.scope_of(call)
+        if (not EVAL_NAME.search(name) or NOT_EVAL_NAME.search(name) or scope not in self.scopes
+                or self.script.resolve(call.func).startswith(("torch.", "numpy."))):
+            return False
+        return self._in_nest(call) or (
+            scope is self.n.outer_scope and call.lineno > self.n.outer.lineno)
 
-    def _alive(self, call: ast.Call) -> bool:
-        """While the run is open: in the loop, or after it in the same function."""
-        outer = self.n.loops[0]
-        return (
-            call in own_set(outer)
-            or any(self.script.inside(call, lp) for lp in self.n.nest.loops)
-            or (
-                self.script.scope_of(call) is self.script.scope_of(outer)
-                and call.lineno > outer.lineno
-            )
-        )
+    def _in_nest(self, node: ast.AST) -> bool:
+        return any(self.script.inside(node, loop) for loop in self.n.nest.loops)
 
     def _call(self, call: ast.Call) -> bool:
-        stmt = self.script.stmt_of(call)
-        after = Spot(self.script.home[stmt].block, self.script.home[stmt].index + 1)
-        names: list[str] = []
-        if isinstance(stmt, ast.Assign) and stmt.value is call:
-            names = [n for n, _, _ in unpack(stmt.targets[0], stmt.targets[0])]
-        helper = self.script.definition(call)
-        for index, name in enumerate(names):
-            if LOSS_NAME.search(last(name)) and not self._is_mapping(name):
-                return self._record(after, name, call)
-            if helper and self._returns_loss(helper, index if len(names) > 1 else None):
-                return self._record(after, name, call)
-        if len(names) == 1 and self._entry(names[0], stmt):
-            return self._record(after, self._entry(names[0], stmt), call)
+        stmt, helper = self.script.stmt_of(call), self.script.definition(call)
+        names = targets(stmt) if isinstance(stmt, ast.Assign) and stmt.value is call else []
+        value = self._loss_of(names, helper) or self._entry(names, stmt)
+        if value:
+            return self._record(self.script.behind(stmt), value, call)
         if helper and self._within(helper):
             return True
         for name in names:
             if METRIC_NAME.search(name) and "." not in name and not self._is_mapping(name):
-                code = f'{self.n.obs}.log({{"val/{name}": {name}}})'
-                return self._line(after, code, call)
+                return self._scores(self.script.behind(stmt), [name], call)
         self.out.note(call, "an evaluation without a value that is a loss by name; not recorded")
         return False
+
+    def _loss_of(self, names: list[str], helper: Function | None) -> str:
+        """The one of the assigned names that is a loss, by its name or by what is returned."""
+        for index, name in enumerate(names):
+            value = returned(helper, index if len(names) > 1 else None) if helper else None
+            mapping = isinstance(value, (ast.Tuple, ast.Dict, ast.DictComp))
+            by_return = value is not None and not mapping and any(
+                LOSS_NAME.search(last(dotted(n))) for n in walk(value))
+            if by_return or (LOSS_NAME.search(last(name)) and not self._is_mapping(name)):
+                return name
+        return ""
+
+    def _is_mapping(self, name: str) -> bool:
+        return any(dotted(getattr(n, "value", None)) == name and (
+            isinstance(n, ast.Subscript) or getattr(n, "attr", "") in {"items", "keys", "get"})
+            for n in self.script.nodes if isinstance(n, (ast.Subscript, ast.Attribute)))
+
+    def _entry(self, names: list[str], stmt: ast.stmt) -> str:
+        """`losses["val"]` when the script itself reads it right after."""
+        spot = self.script.behind(stmt)
+        later = [s for s in spot.block[spot.index :] if not isinstance(s, (ast.If, *LOOPS))]
+        for node in own_all(later):
+            if isinstance(node, ast.Subscript) and [dotted(node.value)] == names:
+                key = getattr(node.slice, "value", None)
+                if isinstance(key, str) and (HELD_OUT.search(key) or LOSS_NAME.search(key)):
+                    return f"{names[0]}[{key!r}]"
+        return ""
 
     def _record(self, spot: Spot, value: str, where: ast.AST) -> bool:
         return self._line(spot, f"{self.n.obs}.validation({value})", where)
 
+    def _scores(self, spot: Spot, names: list[str], where: ast.AST) -> bool:
+        pairs = ", ".join(f'"val/{name}": {name}' for name in names)
+        return self._line(spot, f"{self.n.obs}.log({{{pairs}}})", where)
+
     def _line(self, spot: Spot, code: str, where: ast.AST) -> bool:
-        if self.n.p.add(spot, "validation", code, "validation", "an evaluation's value", "likely"):
+        if self.n.add(spot, "validation", code, "likely"):
             return True
         self.out.note(where, "no room for a line after this evaluation; not recorded")
         return False
 
-    def _is_mapping(self, name: str) -> bool:
-        return any(
-            (isinstance(n, ast.Subscript) and dotted(n.value) == name)
-            or (
-                isinstance(n, ast.Attribute)
-                and n.attr in {"items", "keys", "get"}
-                and dotted(n.value) == name
-            )
-            for n in self.script.nodes
-        )
-
-    def _entry(self, name: str, stmt: ast.stmt) -> str:
-        """`losses["val"]` when the script itself reads it right after."""
-        home = self.script.home[stmt]
-        for later in home.block[home.index + 1 :]:
-            if isinstance(later, (ast.If, *LOOPS)):
-                continue
-            for node in own(later):
-                if (
-                    isinstance(node, ast.Subscript)
-                    and dotted(node.value) == name
-                    and isinstance(node.slice, ast.Constant)
-                    and isinstance(node.slice.value, str)
-                    and (HELD_OUT.search(node.slice.value) or LOSS_NAME.search(node.slice.value))
-                    and (isinstance(node.value, ast.Name))
-                ):
-                    return f"{name}[{node.slice.value!r}]"
-        return ""
-
-    def _returns_loss(self, helper: Function, index: int | None) -> bool:
-        for node in own_all(helper.body):
-            if isinstance(node, ast.Return) and node.value is not None:
-                value = node.value
-                if isinstance(value, ast.Tuple):
-                    if index is None or index >= len(value.elts):
-                        return False
-                    value = value.elts[index]
-                elif isinstance(value, (ast.Dict, ast.DictComp)) or index is not None:
-                    return False
-                return any(
-                    LOSS_NAME.search(last(dotted(n)))
-                    for n in walk(value)
-                    if isinstance(n, (ast.Name, ast.Attribute))
-                )
-        return False
-
     def _within(self, helper: Function) -> bool:
-        """Record inside the evaluating function, at its end: `test_loss`, or a meter's `.avg`."""
-        if id(helper) in self.n.p.validated:
+        """Record inside the evaluating function, at its end."""
+        if helper in self.n.p.validated:
             return True
         block = helper.body
-        while (
-            isinstance(block[-1], (ast.With, ast.AsyncWith))
-            and len(block) > 0
-            and not any(LOSS_NAME.search(n) for n in certain(block))
-        ):
+        while isinstance(block[-1], WITHS):
             block = block[-1].body
-        index = len(block) - isinstance(block[-1], ast.Return)
-        spot = Spot(block, index)
-        bound = self.n.bound.at(spot) if index or block else frozenset()
-        names = [n for n in self._written(helper) if n in bound]
-        value = self._best(names) or self._meter(helper, bound)
-        if not value:
-            return self._score(spot, helper, bound)
-        if not self._record(spot, value, helper):
-            return False
-        self.n.p.validated.add(id(helper))
-        return True
+        spot = Spot(block, len(block) - isinstance(block[-1], ast.Return))
+        bound = self.script.bound(spot)
+        losses = [n for n in worked_out(helper, LOSS_NAME) if n in bound]
+        losses.sort(key=lambda n: bool(HELD_OUT.search(n)))
+        meters = self._meters(helper, bound)
+        scores = [n for n in worked_out(helper, METRIC_NAME, (ast.BinOp, ast.Name)) if n in bound]
+        self.n.p.validated.add(helper)
+        if losses or meters:
+            return self._record(spot, losses[-1] if losses else meters[0], helper)
+        return bool(scores) and self._scores(spot, sorted(scores), helper)
 
-    def _score(self, spot: Spot, helper: Function, bound: frozenset[str]) -> bool:
-        """No loss, but an accuracy or the like that the function works out."""
-        names = {
-            n
-            for node in own_all(helper.body)
-            if isinstance(node, (ast.Assign, ast.AugAssign))
-            and isinstance(node.value, (ast.BinOp, ast.Name))
-            for n in targets(node)
-        }
-        scores = sorted(n for n in names & bound if METRIC_NAME.search(n) and "." not in n)
-        if not scores:
-            return False
-        self.n.p.validated.add(id(helper))
-        pairs = ", ".join(f'"val/{n}": {n}' for n in scores)
-        return self._line(spot, f"{self.n.obs}.log({{{pairs}}})", helper)
+    def _meters(self, helper: Function, bound: Names) -> list[str]:
+        """`losses.avg`, of a meter that the function fills and prints."""
+        read = loads(own_all(helper.body))
+        if "self.avg" in map(dotted, self.script.nodes):
+            read |= {f"{name}.avg" for name in self.script.bindings
+                     for b in self.script.bindings[name]
+                     if b.scope is helper and called(b.value).endswith("Meter")}
+        return sorted(name for name in read if last(name) in {"avg", "global_avg"}
+                      and name.partition(".")[0] in bound and LOSS_NAME.search(name))
 
-    @staticmethod
-    def _written(helper: Function) -> list[str]:
-        """Loss-like plain numbers that the function itself adds up."""
-        found: dict[str, None] = {}
-        for node in own_all(helper.body):
-            if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
-                value = node.value
-                if isinstance(value, (ast.List, ast.Dict, ast.ListComp, ast.Lambda)) or (
-                    isinstance(value, ast.Call) and last(dotted(value.func))[:1].isupper()
-                ):
-                    continue
-                for name in targets(node):
-                    if LOSS_NAME.search(name) and "." not in name:
-                        found.pop(name, None)
-                        found[name] = None
-        return list(found)
+    def _written_out(self) -> bool:
+        """Evaluation in the loop itself: behind the last `val_loss /= n`."""
+        recorded = [self._after_last(name) for name in self.script.bindings
+                    if HELD_OUT_LOSS.search(name) and "." not in name
+                    and not NOT_A_VALUE.search(name)]
+        return any(recorded)
 
-    @staticmethod
-    def _best(names: list[str]) -> str:
-        held = [n for n in names if HELD_OUT.search(n)]
-        return (held or names or [""])[-1]
-
-    def _meter(self, helper: Function, bound: frozenset[str]) -> str:
-        """`losses.avg` of a meter whose class, in this file, has that attribute."""
-        read = {dotted(n) for n in own_all(helper.body) if isinstance(n, ast.Attribute)}
-        if any(
-            isinstance(n, ast.Attribute) and n.attr == "avg" and dotted(n.value) == "self"
-            for n in self.script.nodes
-        ):
-            read |= {
-                f"{name}.avg"
-                for name, bindings in self.script.bindings.items()
-                if any(b.scope is helper and "Meter" in ast.unparse(b.value) for b in bindings)
-            }
-        usable = [
-            n
-            for n in sorted(read)
-            if last(n) in {"avg", "global_avg"}
-            and n.partition(".")[0] in bound
-            and LOSS_NAME.search(n)
-        ]
-        return (usable or [""])[0]
-
-    # -- evaluation that is written out in the loop
-    def _inline(self) -> bool:
-        """`val_loss /= n` in the loop's own function."""
-        done = False
-        for name, bindings in self.script.bindings.items():
-            mine = [
-                b
-                for b in bindings
+    def _after_last(self, name: str) -> bool:
+        mine = [b for b in self.script.bindings[name]
                 if (b.scope in self.scopes and self._in_nest(b.stmt))
-                or (b.scope in self.helpers and not self.script.loops_around(b.stmt))
-            ]
-            if not mine or "." in name or not self._held_out_loss(name, mine[-1]):
-                continue
-            done = self._after_last(name, mine) or done
-        return done or self._phases()
-
-    def _in_nest(self, stmt: ast.stmt) -> bool:
-        return any(self.script.inside(stmt, loop) for loop in self.n.nest.loops)
-
-    def _held_out_loss(self, name: str, binding: Binding) -> bool:
-        if not HELD_OUT_LOSS.search(name) or re.search(
-            r"best|min|prev|last|patience|list|history|losses$", name, re.I
-        ):
+                or (b.scope in self.helpers and not self.script.loops_around(b.stmt))]
+        if not mine or any(EVAL_NAME.search(called(c)) for c in makers(mine[-1].value)):
             return False
-        return not any(EVAL_NAME.search(last(dotted(c.func))) for c in _makers(binding.value))
-
-    def _after_last(self, name: str, mine: list[Binding]) -> bool:
-        stmt: ast.stmt = max((b.stmt for b in mine), key=lambda s: s.lineno)
+        stmt = max((b.stmt for b in mine), key=lambda s: s.lineno)
         for loop in self.script.loops_around(stmt):
             if loop in self.n.nest.loops:
                 break
             stmt = loop
-        home = self.script.home[stmt]
-        spot = Spot(home.block, home.index + 1)
-        if name not in self.n.bound.at(spot):
-            return False
-        return self._record(spot, name, stmt)
+        spot = self.script.behind(stmt)
+        return name in self.script.bound(spot) and self._record(spot, name, stmt)
 
     def _phases(self) -> bool:
         """`for phase in ["train", "val"]`: record the epoch's value of the second."""
         for loop in self.n.nest.loops:
-            if not (isinstance(loop, ast.For) and isinstance(loop.target, ast.Name)):
-                continue
-            words = [
-                n.value
-                for n in walk(loop.iter)
-                if isinstance(n, ast.Constant)
-                and isinstance(n.value, str)
-                and HELD_OUT.search(n.value)
-            ]
-            names = [
-                n
-                for s in loop.body
-                if not isinstance(s, LOOPS)
-                for n in targets(s)
-                if LOSS_NAME.search(n)
-            ]
-            if words and names:
-                index = max(i for i, s in enumerate(loop.body) if names[-1] in targets(s)) + 1
-                code = f'if {loop.target.id} == "{words[0]}": {self.n.obs}.validation({names[-1]})'
-                return self._line(Spot(loop.body, index), code, loop)
+            phase = getattr(getattr(loop, "target", None), "id", "")
+            words = [n.value for n in walk(getattr(loop, "iter", loop.body[0]))
+                     if isinstance(n, ast.Constant) and HELD_OUT.search(str(n.value))]
+            found = [(i, name) for i, stmt in enumerate(loop.body) if not isinstance(stmt, LOOPS)
+                     for name in targets(stmt) if LOSS_NAME.search(name)]
+            if phase and words and found and isinstance(words[0], str):
+                index, name = found[-1]
+                code = f'if {phase} == "{words[0]}": {self.n.obs}.validation({name})'
+                return self._line(Spot(loop.body, index + 1), code, loop)
         return False
+
+
+def worked_out(helper: Function, pattern: re.Pattern[str],
+               kinds: tuple[type, ...] = (ast.expr,)) -> list[str]:
+    """Names of plain numbers that a function works out itself, the last written last."""
+    found: dict[str, None] = {}
+    containers = (ast.List, ast.Dict, ast.ListComp, ast.Lambda)
+    for node in own_all(helper.body):
+        value: Any = getattr(node, "value", None)
+        made = isinstance(value, containers) or called(value)[:1].isupper()
+        assigns = isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign))
+        if assigns and isinstance(value, kinds) and not made:
+            for name in targets(node):
+                if pattern.search(name) and "." not in name:
+                    found.pop(name, None)
+                    found[name] = None
+    return list(found)
 
 
 # --- Adding and removing lines ---------------------------------------------------------------
 def patched(script: Script, insertions: Sequence[Insertion]) -> bytes:
     """The script with the lines added; it compiles, and without them it is the original."""
+    encoding = script.encoding.removesuffix("-sig")
     added: dict[int, list[bytes]] = {}
     for item in insertions:
         text = f"{item.indent}{item.code}  {MARK}"
         try:
-            added.setdefault(item.line, []).append(text.encode(_plain_codec(script.encoding)))
+            added.setdefault(item.line, []).append(text.encode(encoding))
         except UnicodeEncodeError as error:
             raise PatchError(
-                f"{script.name}: {item.code!r} does not fit its encoding {script.encoding}"
-            ) from error
-    result = _weave(script.rows, added)
-    if reverse(result) != script.data:
-        raise PatchError(
-            f"{script.name}: the patch could not be taken back byte for byte; nothing "
-            f"was written. Does a line of the script itself end in {MARK!r}?"
-        )
-    _compile(result, script.name)
-    return result
+                f"{script.name}: {item.code!r} does not fit its encoding {encoding}") from error
+    return _compiled(_woven(script.data, added, script.name), script.name)
 
 
-def _plain_codec(encoding: str) -> str:
-    return "utf-8" if encoding == "utf-8-sig" else encoding
-
-
-def _weave(rows: list[bytes], added: dict[int, list[bytes]]) -> bytes:
+def _woven(data: bytes, added: dict[int, list[bytes]], name: str) -> bytes:
+    """The lines added, each before the line of its number; checked both ways."""
+    rows = split_lines(data)
+    end = re.search(rb"(?:\r?\n|\r)?\Z", rows[0] if rows else b"")
+    eol = (end and end[0]) or b"\n"
     out: list[bytes] = []
-    for number in range(1, len(rows) + 2):
-        near = rows[number - 2] if number > 1 else rows[0] if rows else b"\n"
-        eol = near[len(near.rstrip(b"\r\n")) :] or _eol(rows)
+    for number, row in enumerate([*rows, b""], 1):
         for text in added.get(number, []):
-            if out and not out[-1].endswith((b"\n", b"\r")):
-                # The original does not end its last line; `reverse` takes this end away again.
+            if out and not ends_a_line(out[-1]):  # `reverse` takes this end away again
                 out[-1] += eol
                 out.append(text)
             else:
                 out.append(text + eol)
-        if number <= len(rows):
-            out.append(rows[number - 1])
-    return b"".join(out)
+        out.append(row)
+    result = b"".join(out)
+    if reverse(result) != data:
+        raise PatchError(f"{name}: the patch could not be taken back byte for byte: a line of the "
+                         f"script ends in {MARK!r}, or one of the patch does not end in it; "
+                         f"nothing was written")
+    return result
 
 
-def _eol(rows: list[bytes]) -> bytes:
-    first = rows[0] if rows else b"\n"
-    return first[len(first.rstrip(b"\r\n")) :] or b"\n"
+def _compiled(source: bytes, name: str) -> bytes:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compile(source, name, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        raise PatchError(f"{name}: the patched script would not compile ({error}); nothing was "
+                         f"written") from error
+    return source
 
 
 def reverse(data: bytes) -> bytes:
     """The lines that do not end in the marker."""
     rows = split_lines(data)
     kept = [row for row in rows if not is_marked(row)]
-    if rows and kept and is_marked(rows[-1]) and not ends_with_newline(rows[-1]):
+    if kept and is_marked(rows[-1]) and not ends_a_line(rows[-1]):
         kept[-1] = kept[-1].rstrip(b"\r\n")
     return b"".join(kept)
 
@@ -2879,23 +2059,11 @@ def is_marked(row: bytes) -> bool:
     return row.rstrip(b"\r\n").endswith(MARK.encode())
 
 
-def _compile(data: bytes, name: str) -> None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            compile(data, name, "exec", dont_inherit=True)
-    except (SyntaxError, ValueError) as error:
-        raise PatchError(
-            f"{name}: the patched script would not compile ({error}); nothing was written"
-        ) from error
-
-
 def unified(before: bytes, after: bytes, name: str, context: int = 3) -> str:
     old, new = ([row.decode("utf-8", "replace") for row in split_lines(d)] for d in (before, after))
-    lines = []
-    for line in difflib.unified_diff(old, new, f"a/{name}", f"b/{name}", n=context):
-        lines.append(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n")
-    return "".join(lines)
+    lines = difflib.unified_diff(old, new, f"a/{name}", f"b/{name}", n=context)
+    return "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n"
+                   for line in lines)
 
 
 # --- Ready patches, pinned to one file -------------------------------------------------------
@@ -2903,17 +2071,9 @@ def pin(before: bytes, after: bytes, name: str) -> str:
     """A patch that holds added lines only, and the sha256 of the one file that it fits."""
     diff = unified(before, after, name, context=0)
     body = [re.sub(r"^(@@ .* @@).*", r"\1", line) for line in diff.splitlines()]
-    return (
-        "\n".join(
-            [
-                f"# target: {name}",
-                f"# sha256: {_digest(before)}",
-                f"# patched-sha256: {_digest(after)}",
-                *body,
-            ]
-        )
-        + "\n"
-    )
+    head = [f"# target: {name}", f"# sha256: {_digest(before)}",
+            f"# patched-sha256: {_digest(after)}"]
+    return "\n".join([*head, *body]) + "\n"
 
 
 def apply_pinned(data: bytes, patch: str, name: str) -> bytes:
@@ -2921,40 +2081,29 @@ def apply_pinned(data: bytes, patch: str, name: str) -> bytes:
     wanted = dict(re.findall(r"^# ([\w-]+): (\S+)", patch, re.M))
     if "sha256" not in wanted:
         raise PatchError("the patch does not say `# sha256: …` of the file that it fits")
-    if _digest(reverse(data)) == wanted["sha256"] and data != reverse(data):
-        raise PatchError(f"{name}: already patched; --reverse gives the original back")
     if _digest(data) != wanted["sha256"]:
+        if _digest(reverse(data)) == wanted["sha256"]:
+            raise PatchError(f"{name}: already patched; --reverse gives the original back")
         raise PatchError(
-            f"{name}: sha256 {_digest(data)[:12]}… is not the {wanted['sha256'][:12]}… "
-            f"that this patch was made for; run autopatch.py on the file instead"
-        )
-    result = _weave(split_lines(data), _added_lines(patch))
-    if reverse(result) != data:
-        raise PatchError(f"{name}: a line of the patch does not end in {MARK!r}")
+            f"{name}: sha256 {_digest(data)[:12]}… is not the {wanted['sha256'][:12]}… that this "
+            f"patch was made for; run autopatch.py on the file instead")
+    result = _woven(data, _added_lines(patch), name)
     if wanted.get("patched-sha256", _digest(result)) != _digest(result):
-        raise PatchError(
-            f"{name}: the result is not what the patch promises; is the patch damaged?"
-        )
-    _compile(result, name)
-    return result
+        raise PatchError(f"{name}: the result is not what the patch promises; is it damaged?")
+    return _compiled(result, name)
 
 
 def _added_lines(patch: str) -> dict[int, list[bytes]]:
     added: dict[int, list[bytes]] = {}
     line = 0
     for row in patch.splitlines():
-        hunk = re.match(r"@@ -(\d+)(?:,(\d+))? \+\d+(?:,\d+)? @@", row)
-        if hunk:
-            if hunk[2] != "0":
-                raise PatchError(
-                    "this patch changes or needs lines of the script; only added lines "
-                    "with no context are taken"
-                )
+        if hunk := re.match(r"@@ -(\d+),0 \+\d+(?:,\d+)? @@", row):
             line = int(hunk[1]) + 1
         elif row.startswith("+") and not row.startswith("+++"):
             added.setdefault(line, []).append(row[1:].encode())
-        elif row.startswith("-") and not row.startswith("---"):
-            raise PatchError("this patch removes a line; only added lines are taken")
+        elif row.startswith(("-", "@@", " ")) and not row.startswith("---"):
+            raise PatchError("this patch removes a line or needs lines of the script; only added "
+                             "lines with no context are taken")
     return added
 
 
@@ -2976,19 +2125,23 @@ def write(path: Path, data: bytes) -> None:
         raise PatchError(f"cannot write {path}: {error.strerror}") from error
 
 
+def apply(path: Path, data: bytes, result: bytes) -> str:
+    """Write the patched script, keep the original beside it, and copy the drop-in to it."""
+    if state := uncommitted(path):
+        print(f"{path}: {state}; the backup has it", file=sys.stderr)
+    saved = backup(path, data)
+    write(path, result)
+    return f"backup in {saved.name}; {place_drop_in(path)}"
+
+
 def backup(path: Path, data: bytes) -> Path:
     """`train.py.before-observability`, numbered if that name holds something else."""
-    count = 1
-    while True:
-        place = path.with_name(
-            f"{path.name}.before-observability{'' if count == 1 else f'-{count}'}"
-        )
-        if not place.exists():
-            place.write_bytes(data)
-            return place
-        if place.read_bytes() == data:
-            return place
+    place, count = path.with_name(f"{path.name}.before-observability"), 1
+    while place.exists() and place.read_bytes() != data:
         count += 1
+        place = path.with_name(f"{path.name}.before-observability-{count}")
+    place.write_bytes(data)
+    return place
 
 
 def drop_backup(path: Path, data: bytes) -> None:
@@ -2999,22 +2152,14 @@ def drop_backup(path: Path, data: bytes) -> None:
 
 def uncommitted(path: Path) -> str:
     """What git would lose if the file were overwritten; '' when committed, or outside of git."""
-    command = ["git", "status", "--porcelain", "--", path.name]
     try:
-        done = subprocess.run(
-            command,
-            cwd=path.resolve().parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(["git", "status", "--porcelain", "--", path.name], timeout=10,
+                              cwd=path.resolve().parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.SubprocessError):
         return ""
-    state = done.stdout[:2] if done.returncode == 0 else ""
-    if not state.strip():
-        return ""
-    return "not in git yet" if state == "??" else "has uncommitted changes"
+    if done.stdout.startswith("??"):
+        return "not in git yet"
+    return "has uncommitted changes" if done.stdout.strip() else ""
 
 
 def place_drop_in(path: Path) -> str:
@@ -3032,163 +2177,99 @@ def place_drop_in(path: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
-        return _run(options)
+        _run(options, options.script)
     except NothingToPatch as error:
-        _say(options, {"found": False, "why": str(error)}, str(error))
+        print(json.dumps({"found": False, "why": str(error)}) if options.json else error)
         return 1
-    except PatchError as error:
-        print(f"autopatch: {error}", file=sys.stderr)
+    except (PatchError, OSError) as error:
+        reason = f"cannot read or write: {error}" if isinstance(error, OSError) else error
+        print(f"autopatch: {reason}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `| head` has seen enough; the interpreter's last flush must not fail
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n\n")[0],
-        epilog="exit status: 0 found, 1 nothing to patch, 2 error",
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0],
+                                     epilog="exit status: 0 found, 1 nothing to patch, 2 error")
     parser.add_argument("script", type=Path, help="the training script")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--write", action="store_true", help="apply it; a backup is kept")
     what.add_argument("--reverse", action="store_true", help="remove the added lines again")
     what.add_argument("--check", action="store_true", help="say what was found, and how surely")
     what.add_argument("--patch", type=Path, metavar="FILE", help="apply a ready, pinned patch")
-    what.add_argument(
-        "--pin",
-        action="store_true",
-        help="print the diff, or the lines that are there, as a ready patch",
-    )
-    parser.add_argument(
-        "--only",
-        type=_parts,
-        default=PARTS,
-        metavar="PARTS",
-        help="how deep: log, validation, resume, separated by commas",
-    )
+    what.add_argument("--pin", action="store_true",
+                      help="print the diff, or the lines that are there, as a ready patch")
+    parser.add_argument("--only", type=_parts, default=PARTS, metavar="PARTS",
+                        help="how deep: log, validation, resume, separated by commas")
     parser.add_argument("--json", action="store_true", help="with --check: as JSON")
     return parser
 
 
 def _parts(text: str) -> tuple[str, ...]:
     parts = tuple(text.split(","))
-    unknown = set(parts) - set(PARTS)
-    if unknown:
+    if unknown := set(parts) - set(PARTS):
         raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; of {', '.join(PARTS)}")
     return parts
 
 
-def _run(options: argparse.Namespace) -> int:
-    path: Path = options.script
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise PatchError(f"cannot read {path}: {error.strerror}") from error
+def _run(options: argparse.Namespace, path: Path) -> None:
+    data = path.read_bytes()
     if options.reverse:
-        return _reverse(path, data)
-    if options.patch:
-        return _apply_file(path, data, options.patch)
-    marked = [i for i, row in enumerate(split_lines(data), 1) if is_marked(row)]
-    if marked and options.pin:  # lines that were added or changed by hand
-        print(pin(reverse(data), data, path.name), end="")
-        return 0
-    if marked:
-        return _already(path, data, marked)
-    script = Script(data, path.name)
-    found = plan(script, options.only)
-    result = patched(script, found.insertions)
+        _reverse(path, data)
+    elif options.patch:
+        result = apply_pinned(data, options.patch.read_text(encoding="utf-8"), path.name)
+        print(f"{path}: patched from {options.patch.name}; {apply(path, data, result)}")
+    elif reverse(data) != data:
+        _already_patched(options, path, data)
+    else:
+        result, found = patch(data, path.name, options.only)
+        _show(options, path, data, result, found)
+
+
+def _show(options: argparse.Namespace, path: Path, data: bytes, result: bytes, found: Plan) -> None:
     if options.check:
-        _say(options, {"found": True, **as_dict(found)}, describe(found, path.name))
-    elif options.write:
-        _write(path, data, result, found)
-    elif options.pin:
+        record = json.dumps({"found": True, **asdict(found)}, indent=2, ensure_ascii=False)
+        print(record if options.json else describe(found, path.name))
+        return
+    if options.pin:
         print(pin(data, result, path.name), end="")
+    elif options.write:
+        print(f"{path}: {len(found.insertions)} lines added; {apply(path, data, result)}")
     else:
         sys.stdout.buffer.write(unified(data, result, path.name).encode("utf-8", "replace"))
         sys.stdout.flush()
-        _tell(found, path.name)
-    return 0
+    for note in found.notes:
+        print(f"{path.name}:{note.line}: {note.text}", file=sys.stderr)
 
 
-def _already(path: Path, data: bytes, marked: list[int]) -> int:
-    rows = split_lines(data)
-    foreign = [n for n in marked if not OURS.match(rows[n - 1].decode("utf-8", "replace"))]
-    if foreign:
-        raise PatchError(
-            f"{path}:{foreign[0]}: this line ends in {MARK!r} but is not one of ours; "
-            f"change its ending first"
-        )
-    print(
-        f"{path}: already patched ({len(marked)} lines); --reverse takes them out", file=sys.stderr
-    )
-    return 0
-
-
-def _write(path: Path, data: bytes, result: bytes, found: Plan) -> None:
-    state = uncommitted(path)
-    if state:
-        print(f"{path}: {state}; the backup has it", file=sys.stderr)
-    saved = backup(path, data)
-    write(path, result)
-    print(
-        f"{path}: {len(found.insertions)} lines added; backup in {saved.name}; "
-        f"{place_drop_in(path)}"
-    )
-    _tell(found, path.name)
-
-
-def _reverse(path: Path, data: bytes) -> int:
+def _reverse(path: Path, data: bytes) -> None:
     original = reverse(data)
     if original == data:
         print(f"{path}: nothing to take out")
-        return 0
+        return
     write(path, original)
     drop_backup(path, original)
     print(f"{path}: {len(split_lines(data)) - len(split_lines(original))} lines taken out")
-    return 0
 
 
-def _apply_file(path: Path, data: bytes, patch: Path) -> int:
-    try:
-        text = patch.read_text(encoding="utf-8")
-    except OSError as error:
-        raise PatchError(f"cannot read {patch}: {error.strerror}") from error
-    result = apply_pinned(data, text, path.name)
-    saved = backup(path, data)
-    write(path, result)
-    print(
-        f"{path}: patched from {patch.name}, checked both ways; backup in {saved.name}; "
-        f"{place_drop_in(path)}"
-    )
-    return 0
-
-
-def _say(options: argparse.Namespace, record: dict[str, Any], text: str) -> None:
-    if options.json:
-        print(json.dumps(record, indent=2, ensure_ascii=False))
-    else:
-        print(text)
-
-
-def as_dict(found: Plan) -> dict[str, Any]:
-    return {
-        "parts": found.parts,
-        "insertions": [asdict(i) for i in found.insertions],
-        "notes": [asdict(n) for n in found.notes],
-    }
+def _already_patched(options: argparse.Namespace, path: Path, data: bytes) -> None:
+    if options.pin:  # lines that were added or changed by hand
+        print(pin(reverse(data), data, path.name), end="")
+        return
+    marked = [(i, row) for i, row in enumerate(split_lines(data), 1) if is_marked(row)]
+    for line, row in marked:
+        if not OURS.match(row.decode("utf-8", "replace")):
+            raise PatchError(f"{path}:{line}: this line ends in {MARK!r} but is not one of ours; "
+                             f"change its ending first")
+    print(f"{path}: already patched ({len(marked)} lines); --reverse takes them out",
+          file=sys.stderr)
 
 
 def describe(found: Plan, name: str) -> str:
     rows = [f"{name}:{i.line:<5} {i.kind:<11}{i.confidence:<7} {i.code}" for i in found.insertions]
     parts = ", ".join(f"{part}: {state}" for part, state in found.parts.items())
-    notes = [f"{name}:{n.line:<5} {n.text}" for n in found.notes]
+    notes = [f"{name}:{note.line:<5} {note.text}" for note in found.notes]
     return "\n".join([parts, *rows, *(["left out or doubtful:"] if notes else []), *notes])
-
-
-def _tell(found: Plan, name: str) -> None:
-    for note in found.notes:
-        print(f"{name}:{note.line}: {note.text}", file=sys.stderr)
 
 
 if __name__ == "__main__":
