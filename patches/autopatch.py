@@ -270,7 +270,6 @@ class Script:
         self.encoding, self.lines = self._decode()
         self.source = "".join(line + "\n" for line in self.lines)
         self.tree = self._parse()
-        self.spans = self._logical_lines()
         self.nodes = list(walk(self.tree))
         self.calls = [node for node in self.nodes if isinstance(node, ast.Call)]
         self.functions = [node for node in self.nodes if isinstance(node, FUNCTIONS)]
@@ -308,23 +307,6 @@ class Script:
             raise PatchError(
                 f"{self.name}:{line}: Python {version} cannot parse this script ({error}); if it "
                 f"needs another Python, run autopatch.py with that one") from error
-
-    def _logical_lines(self) -> dict[int, tuple[int, int]]:
-        """Physical line -> first and last line of the logical line that it belongs to."""
-        spans: dict[int, tuple[int, int]] = {}
-        skipped = {tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT}
-        first = 0
-        try:
-            for token in tokenize.generate_tokens(io.StringIO(self.source).readline):
-                if token.type == tokenize.NEWLINE:
-                    span = (first or token.start[0], token.end[0])
-                    spans.update(dict.fromkeys(range(span[0], span[1] + 1), span))
-                    first = 0
-                elif token.type not in skipped and not first:
-                    first = token.start[0]
-        except (tokenize.TokenError, SyntaxError) as error:
-            raise PatchError(f"{self.name}: cannot be cut into lines: {error}") from error
-        return spans
 
     def _bindings_of(self, node: ast.AST) -> Iterator[Binding]:
         places: list[ast.expr] = []
@@ -460,7 +442,7 @@ class Script:
         decorators = getattr(stmt, "decorator_list", [])
         column = min([stmt.col_offset, *(d.col_offset for d in decorators)])
         before = self.lines[line - 1].encode()[:column]
-        return self.spans[line][0] == line and not before.strip(b" \t\f@")
+        return not before.strip(b" \t\f@")
 
     def indent_of(self, block: list[ast.stmt]) -> str | None:
         if not self.own_line(block[0]):
@@ -475,10 +457,10 @@ class Script:
             return None
         if index == 0:  # above the comments that stand over a block's first statement
             line = first_line(block[0])
-            while line > 1 and (line - 1) not in self.spans:
+            while line > 1 and not self.lines[line - 2].partition("#")[0].strip():
                 line -= 1
             return line
-        end = self.spans[block[index - 1].end_lineno or 1][1]
+        end = block[index - 1].end_lineno or 1
         return None if index < len(block) and first_line(block[index]) <= end else end + 1
 
 
@@ -1523,46 +1505,43 @@ class Batch:
         if any(re.search(r"numpy|tolist|item\(\)|\bnp\.", ast.unparse(b.value)) for b in made):
             return False
         return (any(self._used_as_tensor(node, name) for node in own_all(self.n.scope.body))
-                or any(self._makes_tensor(b, 2) for b in made))
+                or any(self._gives_tensor(b.value, b.index, scope, 3) for b in made))
 
     def _used_as_tensor(self, node: ast.AST, name: str) -> bool:
         receiver, method = method_call(node)
-        if receiver == name or not isinstance(node, ast.Call):
-            return bool(TENSOR_METHODS.match(method))
-        given = [method_call(arg)[0] or dotted(arg) for arg in node.args
-                 if isinstance(arg, (ast.Name, ast.Call))]
-        return name in given and bool(TAKES_TENSORS.match(self.script.resolve(node.func)))
+        if receiver == name:  # an element of a batch tuple that is moved to a device is one
+            return bool(TENSOR_METHODS.match(method)) or (
+                method in {"to", "cuda"} and name in self._elements())
+        given = [method_call(arg)[0] or dotted(arg) for arg in getattr(node, "args", [])
+                 if isinstance(arg, (ast.Name, ast.Call))] if isinstance(node, ast.Call) else []
+        return name in given and bool(TAKES_TENSORS.match(self.script.resolve(node.func)))  # type: ignore[attr-defined]
 
-    def _makes_tensor(self, binding: Binding, depth: int) -> bool:
-        value = binding.value
-        if isinstance(value, ast.Subscript):
-            cut = any(isinstance(node, ast.Slice) for node in walk(value.slice))
-            return cut and depth > 0 and self._all_tensors(dotted(value), None, depth - 1)
-        while method_call(value)[1] in {"to", "cuda"}:
-            value = value.func.value  # type: ignore[attr-defined]
-            if dotted(value) == binding.name:  # `for x, y in loader: x = x.to(device)`
-                return self._from_tuple(binding.name)
-        if not isinstance(value, ast.Call):
-            return False
-        helper = self.script.definition(value)
-        return bool(TENSOR_MAKERS.match(self.script.resolve(value.func))) or bool(
-            helper and depth and self._returns_tensor(helper, binding.index, depth - 1))
-
-    def _from_tuple(self, name: str) -> bool:
+    def _elements(self) -> list[str]:
+        """`x` and `y` of `for x, y in loader` and `for i, (x, y) in enumerate(loader)`."""
         loop = self.n.inner
         if isinstance(loop, ast.While):
-            return False
+            return []
         counted = isinstance(loop.iter, ast.Call) and dotted(loop.iter.func) == "enumerate"
-        return any(isinstance(part, ast.Tuple) and name in map(dotted, part.elts)
-                   for part in walk(loop.target) if not (counted and part is loop.target))
+        return [dotted(element) for part in walk(loop.target) if isinstance(part, ast.Tuple)
+                and not (counted and part is loop.target) for element in part.elts]
 
-    def _returns_tensor(self, helper: Function, index: int | None, depth: int) -> bool:
-        value = returned(helper, index)
-        return isinstance(value, ast.Name) and self._all_tensors(value.id, helper, depth)
-
-    def _all_tensors(self, name: str, scope: Scope | None, depth: int) -> bool:
-        made = [b for b in self.script.bindings.get(name, []) if scope in (None, b.scope)]
-        return bool(made) and any(self._makes_tensor(b, depth) for b in made)
+    def _gives_tensor(self, expr: ast.expr | None, index: int | None, scope: Scope,
+                      depth: int) -> bool:
+        """Whether torch made this value, also through a slice or a function of this file."""
+        if isinstance(expr, ast.Name):
+            return depth > 0 and any(self._gives_tensor(b.value, b.index, scope, depth - 1)
+                                     for b in self.script.bindings.get(expr.id, [])
+                                     if b.scope in (scope, self.script.tree))
+        if isinstance(expr, ast.Subscript):
+            cut = any(isinstance(node, ast.Slice) for node in walk(expr.slice))
+            return cut and self._gives_tensor(expr.value, None, scope, depth)
+        if not isinstance(expr, ast.Call):
+            return False
+        if isinstance(expr.func, ast.Attribute) and expr.func.attr in {"to", "cuda"}:
+            return self._gives_tensor(expr.func.value, None, scope, depth)
+        helper = self.script.definition(expr)
+        return bool(TENSOR_MAKERS.match(self.script.resolve(expr.func))) or bool(
+            helper and self._gives_tensor(returned(helper, index), None, helper, depth - 1))
 
     def _times(self) -> str:
         """` * n` when n batches make one step."""
@@ -1594,8 +1573,8 @@ Refusal = tuple[ast.AST, str]
 
 def refusals(n: NestPatcher) -> list[Refusal]:
     """Why a resume of this loop could not be exact: the first finding of each rule."""
-    rules = (_several_runs, _no_room_for_guards, _state_outside, _optimizer_made_again,
-             _optimizer_without_state, _scheduler_steps_first, _reads_in_the_middle)
+    rules = (_several_runs, _state_outside, _optimizer_made_again, _optimizer_without_state,
+             _scheduler_steps_first, _reads_in_the_middle)
     return [found for rule in rules for found in list(rule(n))[:1]]
 
 
@@ -1606,9 +1585,6 @@ def _several_runs(n: NestPatcher) -> Iterator[Refusal]:
         yield n.nest.loops[0], "several trainings, one after the other, in this loop"
     if n.several:
         yield n.outer, "several training loops in one file"
-
-
-def _no_room_for_guards(n: NestPatcher) -> Iterator[Refusal]:
     if not n.script.own_line(n.inner.body[0]):
         yield n.inner, "the loop's body is on the line of its header"
 
@@ -1866,13 +1842,13 @@ class Evaluations:
     def _call(self, call: ast.Call) -> bool:
         stmt, helper = self.script.stmt_of(call), self.script.definition(call)
         names = targets(stmt) if isinstance(stmt, ast.Assign) and stmt.value is call else []
-        value = self._loss_of(names, helper) or self._entry(names, stmt)
+        value = self._entry(names, stmt) or self._loss_of(names, helper)
         if value:
             return self._record(self.script.behind(stmt), value, call)
         if helper and self._within(helper):
             return True
         for name in names:
-            if METRIC_NAME.search(name) and "." not in name and not self._is_mapping(name):
+            if METRIC_NAME.search(name) and "." not in name:
                 return self._scores(self.script.behind(stmt), [name], call)
         self.out.note(call, "an evaluation without a value that is a loss by name; not recorded")
         return False
@@ -1884,14 +1860,9 @@ class Evaluations:
             mapping = isinstance(value, (ast.Tuple, ast.Dict, ast.DictComp))
             by_return = value is not None and not mapping and any(
                 LOSS_NAME.search(last(dotted(n))) for n in walk(value))
-            if by_return or (LOSS_NAME.search(last(name)) and not self._is_mapping(name)):
+            if by_return or LOSS_NAME.search(last(name)):
                 return name
         return ""
-
-    def _is_mapping(self, name: str) -> bool:
-        return any(dotted(getattr(n, "value", None)) == name and (
-            isinstance(n, ast.Subscript) or getattr(n, "attr", "") in {"items", "keys", "get"})
-            for n in self.script.nodes if isinstance(n, (ast.Subscript, ast.Attribute)))
 
     def _entry(self, names: list[str], stmt: ast.stmt) -> str:
         """`losses["val"]` when the script itself reads it right after."""
