@@ -61,6 +61,10 @@ LOOPS = (*FORS, ast.While)
 WITHS = (ast.With, ast.AsyncWith)
 EXITS = (ast.Break, ast.Continue, ast.Return)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+# Where in an expression its value may come from.
+CHOICES: dict[type, tuple[str, ...]] = {
+    ast.IfExp: ("body", "orelse"), ast.BoolOp: ("values",), ast.List: ("elts",),
+    ast.Tuple: ("elts",), ast.ListComp: ("elt",)}
 
 
 class PatchError(Exception):
@@ -225,18 +229,10 @@ def makers(value: ast.expr) -> Iterator[ast.Call]:
     """The calls whose result a value is: through `a if c else b`, lists, and `a or b`."""
     if isinstance(value, ast.Call):
         yield value
-        return
-    parts: list[ast.expr] = []
-    if isinstance(value, ast.IfExp):
-        parts = [value.body, value.orelse]
-    elif isinstance(value, (ast.List, ast.Tuple)):
-        parts = value.elts
-    elif isinstance(value, ast.ListComp):
-        parts = [value.elt]
-    elif isinstance(value, ast.BoolOp):
-        parts = value.values
-    for part in parts:
-        yield from makers(part)
+    for key in CHOICES.get(type(value), ()):
+        part = getattr(value, key)
+        for choice in part if isinstance(part, list) else [part]:
+            yield from makers(choice)
 
 
 def parameters(scope: Scope) -> list[str]:
@@ -545,11 +541,7 @@ class Flow:
     def _simple(self, stmt: ast.stmt, bound: Names) -> Names:
         if isinstance(stmt, ast.AugAssign) and dotted(stmt.target) not in bound:
             self.unbound[dotted(stmt.target)] = None
-        if isinstance(stmt, ast.Assert):
-            self.read(stmt, bound)
-        elif not isinstance(stmt, ast.Delete):
-            bound = self.read(stmt, bound)
-        bound = bound.union(targets(stmt)) - deleted(stmt)
+        bound = self.read(stmt, bound).union(targets(stmt)) - deleted(stmt)
         return bound | DEAD if leaves(stmt) else bound
 
     def _if(self, stmt: ast.If, bound: Names) -> Names:
@@ -601,7 +593,7 @@ def loads(nodes: Iterable[ast.AST], context: type = ast.Load) -> Names:
 
 def always(node: ast.AST) -> Names:
     """Names that are read or bound whenever `node` is evaluated: behind it, they are bound."""
-    sometimes = (ast.IfExp, ast.BoolOp, ast.Lambda, *COMPREHENSIONS)
+    sometimes = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.Assert, *COMPREHENSIONS)
     if isinstance(node, sometimes):
         return frozenset()
     sure = [n for n in walk(node, sometimes) if not isinstance(n, sometimes)]
@@ -736,9 +728,7 @@ class Roles:
 
     def _root(self, name: str) -> str:
         """`model` for `model.fc`: the shortest prefix that the script assigns."""
-        parts = name.split(".")
-        start = 2 if parts[0] == "self" else 1
-        heads = (".".join(parts[:size]) for size in range(start, len(parts)))
+        heads = (name[: dot.start()] for dot in re.finditer(r"\.|$", name))
         return next((head for head in heads
                      if head in self.script.bindings and not self.arguments(head)), name)
 
@@ -918,9 +908,8 @@ class Patcher:
 
     def _free_name(self) -> str:
         """`obs`, or the full name where the script uses `obs` for anything, a string included."""
-        fields = ("id", "arg", "name", "value", "asname", "rest")
-        taken = {getattr(node, key, None) for node in self.script.nodes for key in fields
-                 if isinstance(getattr(node, key, None), str)}
+        values = [value for node in self.script.nodes for value in vars(node).values()]
+        taken = {value for value in values if isinstance(value, str)}
         taken |= {name for node in self.script.nodes
                   if isinstance(node, (ast.Global, ast.Nonlocal)) for name in node.names}
         for name in ("obs", "observability"):
