@@ -1592,6 +1592,8 @@ def _state_outside(n: NestPatcher) -> Iterator[Refusal]:
 
 def _moves_on(n: NestPatcher, name: str, method: str) -> bool:
     """An object made before the loop that changes with it: a batch source, a buffer."""
+    if "ema" in method.split("_"):  # weights averaged where no name of the script shows them
+        return True
     if (name in n.models or n.roles.scheduler(name) or n.roles.optimizer(name)
             or SCALER_NAME.search(name) or name.partition(".")[0] in n.script.imports):
         return False
