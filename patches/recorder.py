@@ -81,7 +81,7 @@ def record(job: Job) -> int:
     main = types.ModuleType("__main__")
     main.__dict__.update(__file__=job.script, __builtins__=__builtins__)
     recorder.main, sys.modules["__main__"] = sys.modules["__main__"], main
-    atexit.register(recorder.note, "done", timed=True)  # registered first, it is called last
+    atexit.register(recorder.note, "done")  # registered first, it is called last
     try:
         exec(compile(Path(job.script).read_bytes(), job.script, "exec"), main.__dict__)
     except Enough:
@@ -108,6 +108,7 @@ class Recorder:
         self.file = os.open(job.record, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.library = os.path.dirname(torch.__file__) + os.sep
         self.steps = self.noted = 0
+        self.resumed = False
         # Held to the end: what a function made is gone when it returns.
         self.optimizers: list[Any] = []
         self.modules: dict[int, Any] = {}
@@ -120,13 +121,13 @@ class Recorder:
             numpy.random.seed(job.seed % 2**32)
         self.began = time.perf_counter(), time.process_time()
 
-    def note(self, kind: str, bits: str = "", value: float | None = None, place: str = "", *,
-             step: int | None = None, timed: bool = False) -> None:  # fmt: skip
+    def note(self, kind: str, bits: str = "", value: float | None = None, place: str = "",
+             *, step: int | None = None) -> None:  # fmt: skip
         if os.getpid() != self.pid:  # a forked worker
             return
         now = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
         at = self.steps if step is None else step
-        entry = Entry(kind, at, bits, value, place, now if timed else ())
+        entry = Entry(kind, at, bits, value, place, now)
         os.write(self.file, (json.dumps(entry) + "\n").encode())
         self.noted += 1
         if self.noted == self.job.kill_after:
@@ -202,7 +203,7 @@ class Recorder:
         if os.getpid() != self.pid:
             return
         self.steps += 1
-        self.note("step", timed=True)
+        self.note("step")
         if self.steps == self.job.steps:
             self.end()
             raise Enough
@@ -213,7 +214,8 @@ class Recorder:
         self.note("at", str(run.global_step))
 
     def after_resume(self, run: Any) -> None:
-        if run.global_step:
+        if run._origin is not None and not self.resumed:
+            self.resumed = True
             self.steps = self.job.steps_at.get(str(run.global_step), 0)
             self.note("resume", str(run.global_step))
             self.noted = 0
@@ -265,4 +267,6 @@ def shortened(data: bytes) -> str:
 
 
 if __name__ == "__main__":
+    if sys.platform == "linux":  # SIGKILL comes with the prover's end: PR_SET_PDEATHSIG is 1
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     sys.exit(record(Job(**json.loads(Path(sys.argv[1]).read_text()))))
