@@ -302,7 +302,8 @@ class Bench:
         code = self._run(job)
         output = Path(job.log).read_text("utf-8", "replace").replace(f"{job.root}{os.sep}", "")
         entries = [Entry(*fields) for fields in read_lines(result)] if result.exists() else []
-        return Recording(code, output, entries, self._observed())
+        # A kill may leave a journal whose last line is torn.
+        return Recording(code, output, entries, {} if code < 0 else self._observed())
 
     def _observed(self) -> dict[str, int]:
         journals = (self.work / "copy").rglob("metrics.ndjson")
