@@ -1071,7 +1071,8 @@ class NestPatcher:
         for key, names in keywords.items():
             unique = list(dict.fromkeys(names))
             if unique:
-                args.append(f"{key}={unique[0] if len(unique) == 1 else listed(unique)}")
+                several = f"[{', '.join(unique)}]"
+                args.append(f"{key}={several if len(unique) > 1 else unique[0]}")
         sure = "sure" if self.models and optimizers else "likely"
         if args:
             self.add(self.start, "watch", f"{self.obs}.watch({', '.join(args)})", sure)
@@ -1128,6 +1129,7 @@ class NestPatcher:
             block, owner = self.script.home[owner].block, self.script.parent[owner]
         spot = Spot(block, len(block) - isinstance(block[-1], EXITS))
         line = self.script.line_of(spot) or 0
+        # Behind a last line that does not end, the patch would change that line.
         unended = line > len(self.script.rows) and not ends_a_line(self.script.data)
         if not isinstance(owner, LOOPS) and not unended:
             self.add(spot, "finish", f"{self.obs}.finish()")
@@ -1212,10 +1214,6 @@ class NestPatcher:
 
     def _branches(self, node: ast.AST) -> list[ast.AST]:
         return [n for n, _ in self.script.above(node) if isinstance(n, (ast.If, *LOOPS))]
-
-
-def listed(names: Sequence[str]) -> str:
-    return f"[{', '.join(names)}]"
 
 
 def ends_a_line(data: bytes) -> bool:

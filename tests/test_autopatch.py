@@ -67,9 +67,7 @@ GOLDEN = {
 
 
 def patch(data: bytes, name: str = "train.py") -> tuple[bytes, autopatch.Plan]:
-    script = autopatch.Script(data, name)
-    found = autopatch.plan(script)
-    return autopatch.patched(script, found.insertions), found
+    return autopatch.patch(data, name)
 
 
 def run_tool(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -172,6 +170,24 @@ def test_reference_shape_gets_exactly_these_call_sites(script):
         'obs.step(step, loss=loss, samples=yb.size(0), carry={"step": step, "ptr": ptr})',
         "obs.finish()",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "recorded"),
+    [("val_loss", True), ("loss_valid", True), ("value_loss", False), ("best_val_loss", False)],
+)
+def test_evaluation_written_out_in_the_loop_is_known_by_its_name(name, recorded):
+    source = LOOP.format(before="pass", after=f"{name} = held_out(w)")
+    lines = added(patch(source.encode())[0])
+    assert (f"obs.validation({name})  # observability" in lines) is recorded
+
+
+@pytest.mark.parametrize(("second", "resume"), [("step % 2", "yes"), ("step % 3", "no")])
+def test_name_bound_and_read_under_the_same_test_is_not_carried(second, resume):
+    source = SOURCES.format(make="None", first="pass", read="torch.zeros(1)") + (
+        f"    if step % 2:\n        late = step\n    if {second}:\n        print(late)\n"
+    )
+    assert patch(source.encode())[1].parts["resume"] == resume
 
 
 def test_deleted_names_are_not_used():
@@ -779,6 +795,7 @@ for step in range(9):
         ("Loader()", "pass", "source.batch()", "no"),
         ("Buffer()", "pass", "source.sample(3)", "no"),
         ("ModelEMA(model)", "source.update(model)", "torch.zeros(1)", "no"),
+        ("make_task(model)", "source.update_ema(model)", "torch.zeros(1)", "no"),
         ("AverageMeter()", "source.update(1)", "torch.zeros(1)", "yes"),
         ("iter(loader)", "print(step)", "next(source)", "no"),
         ("iter(loader)", "y = next(source)", "next(source)", "yes"),
