@@ -1141,6 +1141,12 @@ class NestPatcher:
             code, sure = (f"if {test}: {code}", "likely") if test else (code, "sure")
             if self.add(spot, "step", code, sure):
                 self.out.parts["log"] = "yes"
+        for update in self.nest.updates:
+            if self.script.scope_of(update.call) is not self.scope and any(
+                    isinstance(test, ast.If) and not test.orelse
+                    for test, _ in self.script.above(update.call)):
+                self.out.note(update.call, "this function steps under a condition; every iteration "
+                                           "that calls it is counted as a step")
         if self.out.parts["log"] == "no":
             self.out.note(self.inner, "no room for obs.step in this loop (its body is on the line "
                                       "of its header)")
