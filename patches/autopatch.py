@@ -1734,15 +1734,17 @@ class Carried:
             # An attribute of a name that is bound anew each time is not carried itself.
             and not ("." in name and name.partition(".")[0] in written)
             and not self._is_known(name)]
-        for name in names:
-            if (name in direct - bound and not LOSS_NAME.search(name)
-                    and not METRIC_NAME.search(name)):
-                self.n.refuse(loop, f"{name} goes from one iteration to the next, but is not "
-                                    f"certainly bound before the loop")
+        self._refuse_unbound(loop, [name for name in names if name in direct - bound])
         names = [name for name in names if name in bound and self._is_plain(name)]
         filled = dict.fromkeys(name for node in own_all(loop.body) for name in mutated(node))
         return [*names, *(name for name in filled if name in bound and name not in names
                           and self._is_local(name, loop) and self._is_container(name))]
+
+    def _refuse_unbound(self, loop: Loop, names: list[str]) -> None:
+        for name in names:
+            if not LOSS_NAME.search(name) and not METRIC_NAME.search(name):  # only shown
+                self.n.refuse(loop, f"{name} goes from one iteration to the next, but is not "
+                                    f"certainly bound before the loop")
 
     def _closed_over(self, loop: Loop) -> Names:
         """Names of this scope that functions of the script read."""
