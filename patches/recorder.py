@@ -1,0 +1,272 @@
+"""Run a script as Python would, and note what it does: the process that prove.py starts.
+
+    python recorder.py JOB.json
+
+It seeds the generators before the script does, and writes a line for each loss that is
+back-propagated, each float read off a tensor, each optimizer step, and each part of the end.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import hashlib
+import json
+import linecache
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+__all__ = ["MARK", "Entry", "Job", "record"]
+
+MARK = "# observability"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to record."""
+
+    script: str
+    root: str
+    args: Sequence[str]
+    record: str  # the file that is written, an entry a line
+    log: str  # what the script prints
+    seed: int
+    steps: int | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    marks: bool = False  # note the drop-in's steps too, by which a resumed run finds its place
+    kill_after: int | None = None  # entries
+    settled: bool = False  # a checkpoint is waited for before the next step
+    steps_at: Mapping[str, int] = field(default_factory=dict)  # optimizer steps by the drop-in's
+
+
+class Entry(NamedTuple):
+    """Something that a run did."""
+
+    kind: str  # loss, value, step, end; done; of the drop-in at (its step) and resume
+    step: int  # optimizer steps so far, of a loss with the one under way
+    bits: str
+    value: float | None = None
+    place: str = ""
+    times: Sequence[float] = ()  # seconds since the script's start: wall time and CPU
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (*self[:3], self.place if self.kind == "end" else "")
+
+    def __str__(self) -> str:
+        place = f" {self.place}" if self.kind == "end" else ""
+        return f"{self.kind}{place} {'' if self.value is None else self.value} {self.bits}".strip()
+
+
+class Enough(BaseException):
+    """The optimizer steps that were asked for are made; no handler of the script's is meant."""
+
+
+def record(job: Job) -> int:
+    """Run the script in this process as Python would, noting what it does."""
+    recorder = Recorder(job)
+    sys.argv, sys.path[0] = [job.script, *job.args], os.path.dirname(job.script)
+    recorder.watch()
+    main = types.ModuleType("__main__")
+    main.__dict__.update(__file__=job.script, __builtins__=__builtins__)
+    recorder.main, sys.modules["__main__"] = sys.modules["__main__"], main
+    atexit.register(recorder.note, "done")  # registered first, it is called last
+    try:
+        exec(compile(Path(job.script).read_bytes(), job.script, "exec"), main.__dict__)
+    except Enough:
+        return 0
+    except SystemExit as error:
+        if error.code:
+            raise
+    except BaseException as error:
+        sys.last_value = error  # as Python does: who looks at it at exit knows that this failed
+        own = error.__traceback__
+        traceback.print_exception(type(error), error, own and own.tb_next)
+        return 1
+    recorder.end()
+    return 0
+
+
+class Recorder:
+    """Writes an entry a line, each by one call, so that a kill loses and tears nothing."""
+
+    def __init__(self, job: Job) -> None:
+        import torch
+
+        self.job, self.pid, self.torch = job, os.getpid(), torch
+        self.file = os.open(job.record, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self.library = os.path.dirname(torch.__file__) + os.sep
+        self.steps = self.noted = 0
+        self.resumed = False
+        # Held to the end: what a function made is gone when it returns.
+        self.optimizers: list[Any] = []
+        self.modules: dict[int, Any] = {}
+        self.main: Any = None  # this module itself, whose globals would go with it
+        random.seed(job.seed)
+        torch.manual_seed(job.seed)
+        with contextlib.suppress(ImportError):
+            import numpy
+
+            numpy.random.seed(job.seed % 2**32)
+        self.began = time.perf_counter(), time.process_time()
+
+    def note(self, kind: str, bits: str = "", value: float | None = None, place: str = "",
+             *, step: int | None = None) -> None:  # fmt: skip
+        if os.getpid() != self.pid:  # a forked worker
+            return
+        now = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
+        at = self.steps if step is None else step
+        entry = Entry(kind, at, bits, value, place, now)
+        os.write(self.file, (json.dumps(entry) + "\n").encode())
+        self.noted += 1
+        if self.noted == self.job.kill_after:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def watch(self) -> None:
+        from torch.nn.modules import module
+        from torch.optim import optimizer
+
+        autograd: Any = self.torch.autograd
+        tensor: Any = self.torch.Tensor
+        base: Any = optimizer.Optimizer
+        autograd.backward = self.propagating(autograd.backward)
+        autograd.grad = self.propagating(autograd.grad)
+        tensor.item, tensor.__float__ = self.reading(tensor.item), self.reading(tensor.__float__)
+        base.__init__ = self.and_then(base.__init__, lambda made: self.optimizers.append(made))
+        optimizer.register_optimizer_step_post_hook(self.after_step)
+        module.register_module_parameter_registration_hook(self.keep_module)
+        module.register_module_buffer_registration_hook(self.keep_module)
+        if self.job.marks:
+            import observability
+
+            run: Any = observability.Run
+            run.step = self.and_then(run.step, self.after_drop_in_step)
+            run.resume = self.and_then(run.resume, self.after_resume)
+
+    def and_then(self, call: Any, after: Callable[[Any], None]) -> Any:
+        @functools.wraps(call)
+        def both(owner: Any, *args: Any, **kwargs: Any) -> Any:
+            result = call(owner, *args, **kwargs)
+            after(owner)
+            return result
+
+        return both
+
+    def propagating(self, call: Any) -> Any:
+        @functools.wraps(call)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            given: Any = args[0] if args else kwargs.get("tensors", kwargs.get("outputs"))
+            for loss in [given] if hasattr(given, "detach") else given:
+                single = hasattr(loss, "numel") and loss.numel() == 1 and loss.is_floating_point()
+                value = loss.detach().reshape(-1).tolist()[0] if single else None
+                self.note("loss", bits_of(loss), value, step=self.steps + 1)
+            return call(*args, **kwargs)
+
+        return noted
+
+    def reading(self, call: Any) -> Any:
+        @functools.wraps(call)
+        def read(tensor: Any) -> Any:
+            value = call(tensor)
+            if isinstance(value, float):
+                self.note_value(value, sys._getframe(1))
+            return value
+
+        return read
+
+    def note_value(self, value: float, frame: Any) -> None:
+        """Not what torch or the drop-in reads for itself, nor an added line."""
+        while frame.f_code.co_filename == f"{self.library}_tensor.py":  # on behalf of its caller
+            frame = frame.f_back
+        file, line = frame.f_code.co_filename, frame.f_lineno
+        name = os.path.basename(file)
+        if name == "observability.py" or file.startswith(self.library):
+            return
+        if not linecache.getline(file, line).rstrip().endswith(MARK):
+            self.note("value", value.hex(), value, f"{name}:{line}")
+
+    def keep_module(self, module: Any, name: str, tensor: Any) -> None:
+        self.modules[id(module)] = module
+
+    def after_step(self, optimizer: Any, *_: Any) -> None:
+        if os.getpid() != self.pid:
+            return
+        self.steps += 1
+        self.note("step")
+        if self.steps == self.job.steps:
+            self.end()
+            raise Enough
+
+    def after_drop_in_step(self, run: Any) -> None:
+        if self.job.settled and run._keeper is not None:
+            run._keeper.wait()
+        self.note("at", str(run.global_step))
+
+    def after_resume(self, run: Any) -> None:
+        if run._origin is not None and not self.resumed:
+            self.resumed = True
+            self.steps = self.job.steps_at.get(str(run.global_step), 0)
+            self.note("resume", str(run.global_step))
+            self.noted = 0
+
+    def end(self) -> None:
+        """All that the run has come to."""
+        trees: dict[str, Any] = {}
+        for index, module in enumerate(self.modules.values()):
+            trees[f"{type(module).__name__} {index}"] = {**module._parameters, **module._buffers}
+        for index, each in enumerate(self.optimizers):
+            parameters = [group["params"] for group in each.param_groups]
+            trees[f"{type(each).__name__} {index}"] = {"of": parameters, **each.state_dict()}
+        trees["random"] = {"python": str(random.getstate()), "torch": self.torch.get_rng_state()}
+        if "numpy" in sys.modules:
+            trees["random numpy"] = sys.modules["numpy"].random.get_state()
+        if self.torch.cuda.is_available():
+            trees["random cuda"] = self.torch.cuda.get_rng_state_all()
+        for path, bits in leaves(trees):
+            self.note("end", bits, place=path)
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Tensors, numbers and strings by their path; a function has an address and no value."""
+    if isinstance(tree, dict | list | tuple):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        for name, item in items:
+            yield from leaves(item, f"{path}.{name}" if path else str(name))
+    elif hasattr(tree, "untyped_storage"):
+        yield path, bits_of(tree)
+    elif isinstance(tree, str | int | float):
+        yield path, tree.hex() if isinstance(tree, float) else shortened(str(tree).encode())
+    elif hasattr(tree, "tobytes"):
+        yield path, shortened(tree.tobytes())
+
+
+def bits_of(tensor: Any) -> str:
+    """Its exact bits, of more than a few their digest."""
+    try:
+        dense = tensor if str(tensor.layout) == "torch.strided" else tensor.to_dense()
+        flat = dense.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        data = ctypes.string_at(flat.data_ptr(), flat.numel() * flat.element_size())
+    except (RuntimeError, NotImplementedError, AttributeError) as error:  # it has no storage
+        return f"unreadable: {type(error).__name__}"
+    return f"{str(flat.dtype).removeprefix('torch.')}:{shortened(data)}"
+
+
+def shortened(data: bytes) -> str:
+    return data.hex() if len(data) <= 8 else hashlib.sha256(data).hexdigest()[:32]
+
+
+if __name__ == "__main__":
+    if sys.platform == "linux":  # SIGKILL comes with the prover's end: PR_SET_PDEATHSIG is 1
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    sys.exit(record(Job(**json.loads(Path(sys.argv[1]).read_text()))))
