@@ -1736,6 +1736,7 @@ def publish_weights(checkpoint: Path, target: Path) -> None:
     except OSError:  # another file system, or one without links
         shutil.copyfile(checkpoint / "model.pth", staging)
     os.replace(staging, target)
+    staging.unlink(missing_ok=True)  # a rename onto another link to the same file does nothing
     _sync_dir(target.parent)
 
 

@@ -1686,6 +1686,8 @@ class Carried:
         for spot, code in self.lines:
             self.n.add(spot, "resume", code, "likely")
         obs, loops, inner = self.n.obs, self.n.loops, self.n.inner
+        if loops[0] is inner and not self.lines:  # nothing is carried, all else is put back
+            self.n.add(self.script.home[inner], "resume", f"{obs}.resume()", "likely")
         if loops[0] is not inner:
             label = getattr(getattr(loops[0], "target", None), "id", "")
             code = f"if {obs}.skip_epoch({label}): continue"

@@ -185,8 +185,9 @@ def times(run: Recording) -> tuple[float, ...]:
 
 def prove_resume(bench: Bench, original: Recording, verdict: str) -> dict[str, Any]:
     """Kill the patched script again and again, beside an uninterrupted run that saves as it."""
-    if not any(b".resume(" in line for line in bench.patched.splitlines() if marked(line)):
-        return {"verdict": "unanswered", "why": "the patch never calls resume()"}
+    added = b"".join(filter(marked, bench.patched.splitlines()))
+    if b".resume(" not in added and b".skip_epoch(" not in added:
+        return {"verdict": "unanswered", "why": "the patch never calls resume() or skip_epoch()"}
     if verdict != "identical":
         return {"verdict": "unanswered", "why": f"without a kill the verdict is: {verdict}"}
     draw = random.Random(bench.options.seed)
@@ -220,15 +221,17 @@ class Kills:
             if found or part.code not in (0, -signal.SIGKILL):
                 return self.report("differs", part.failure if part.code > 0 else "", found)
             done = at + len(entries)
-        resumed = any(run["resumed_at"] for run in self.runs)
+        resumed = any(run["resumed_at"] is not None for run in self.runs)
         return self.report(*(("identical", "") if resumed else (
             "unanswered", "no kill left a checkpoint to resume from")))  # fmt: skip
 
     def points(self, draw: random.Random) -> list[int]:
         """How many entries of the uninterrupted run are through at each kill."""
-        every, kinds = int(self.env["SAVE_INTERVAL"]), [entry.kind for entry in self.whole]
-        saved = (i for i, e in enumerate(self.whole) if e.kind == "at" and int(e.bits) >= every)
-        span = range(next(saved, 0) + 1, kinds.index("end"))  # from the first checkpoint on
+        every = int(self.env["SAVE_INTERVAL"])
+        steps = [i for i, entry in enumerate(self.whole) if entry.kind == "at"]
+        saved = (i for i in steps if int(self.whole[i].bits) >= every)
+        # From the first checkpoint to the last step: what has completed is not resumed.
+        span = range(next(saved, 0) + 1, steps[-1] + 2 if steps else 0)
         return sorted(draw.sample(span, min(self.bench.options.kill, len(span))))
 
     def place(self, part: Recording, done: int) -> tuple[int, list[Entry]]:
@@ -317,7 +320,7 @@ def fresh_process(job: Job) -> int:
     asked.write_text(json.dumps(asdict(job)))
     # A drop-in that is turned off proves nothing; sets of strings differ in order by the hash seed.
     given = {k: v for k, v in os.environ.items() if k not in ("OBS_DISABLE", "OBS_RESUME")}
-    env = {"PYTHONHASHSEED": str(job.seed % 2**32), **given, **job.env}
+    env = {"PYTHONHASHSEED": str(job.seed % 2**32), "OBS_PLOT_INTERVAL": "0", **given, **job.env}
     with open(job.log, "wb") as log:
         process = subprocess.Popen(
             [sys.executable, HERE / "recorder.py", asked], cwd=job.root, env=env,

@@ -152,7 +152,7 @@ class Recorder:
 
             run: Any = observability.Run
             run.step = self.and_then(run.step, self.after_drop_in_step)
-            run.resume = self.and_then(run.resume, self.after_resume)
+            run._go_on = self.and_then(run._go_on, self.after_resume)
 
     def and_then(self, call: Any, after: Callable[[Any], None]) -> Any:
         @functools.wraps(call)
@@ -214,11 +214,9 @@ class Recorder:
         self.note("at", str(run.global_step))
 
     def after_resume(self, run: Any) -> None:
-        if run._origin is not None and not self.resumed:
-            self.resumed = True
-            self.steps = self.job.steps_at.get(str(run.global_step), 0)
-            self.note("resume", str(run.global_step))
-            self.noted = 0
+        self.steps = self.job.steps_at.get(str(run.global_step), 0)
+        self.note("resume", str(run.global_step))
+        self.noted = 0
 
     def end(self) -> None:
         """All that the run has come to."""

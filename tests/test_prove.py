@@ -135,11 +135,12 @@ def test_what_an_added_line_reads_is_not_the_scripts_doing(script):
     assert (report["verdict"], report["counts"]["value"]) == ("identical", 0)
 
 
-OF_ITS_OWN = "start = step = 0\ntorch.manual_seed(int.from_bytes(os.urandom(4), 'big'))\n"
+MEAN = ".pow(2).mean()\n"
+NOISE = ".pow(2).mean() + 1e-3 * int.from_bytes(os.urandom(4), 'big') / 2**32\n"
 
 
 def test_a_script_that_differs_from_itself_is_said_to_and_by_how_far(script):
-    edit(script, ("start = step = 0\n", OF_ITS_OWN), ("step < 10", "step < 40"), ("0.1", "1e-3"))
+    edit(script, (MEAN, NOISE), ("step < 10", "step < 40"))
     report = prove_script(script, kill=1)
     assert report["verdict"] == "within own drift"
     assert report["own_difference"]["step"] == 1
@@ -148,7 +149,7 @@ def test_a_script_that_differs_from_itself_is_said_to_and_by_how_far(script):
 
 
 def test_beyond_its_own_drift_a_script_still_differs(script):
-    edit(script, ("start = step = 0\n", OF_ITS_OWN),
+    edit(script, (MEAN, NOISE),
          ("obs.watch(", "model[2].bias.data.add_(100); obs.watch("))  # fmt: skip
     assert prove_script(script)["verdict"] == "differs"
 
@@ -227,25 +228,14 @@ def test_what_cannot_be_patched_or_watched_has_no_verdict(name):
 
 # --- Every shape that is patched ------------------------------------------------------------------
 
-# Where a patch offers what a resume needs and a killed run still comes to another end. A name that
-# no longer belongs here fails its test.
-WRONG_AFTER_A_KILL = {
-    "never calls resume()": ("accumulation_remainder amp_flag epoch_function full_batch_globals "
-                             "gan_critic lbfgs nameless_loss"),
-    "asks for a name that no step carries": "bptt_manual_sgd own_checkpoint trainer_epochs",
-    "puts the checkpoint back anew in every later epoch": "loss_scaler phases tuple_factory",
-}  # fmt: skip
-WRONG = " ".join(WRONG_AFTER_A_KILL.values()).split()
-
-
 @pytest.mark.parametrize("name", sorted(SHAPES.keys() - {"loop_elsewhere", "several_processes"}))
 def test_a_patched_shape_is_identical_and_resumes_where_it_offers_to(tmp_path, name):
     patched = tmp_path / SHAPES[name].name
     patched.write_bytes(SHAPES[name].read_bytes())
     subprocess.run([sys.executable, TOOLS / "autopatch.py", "--write", patched], check=True)
-    report = prove_script(SHAPES[name], patched=patched, pairs=1, kill=1, seed=4)
+    report = prove_script(SHAPES[name], patched=patched, pairs=1, kill=1, seed=3)
     assert (report["verdict"], report["first_difference"]) == ("identical", None)
     assert report["observed"]["train"] > 0
     if ".skip_" in patched.read_text() or ".resume(" in patched.read_text():
         resume = report["resume"]
-        assert (resume["verdict"] == "identical") == (name not in WRONG), resume
+        assert resume["verdict"] == "identical", resume
