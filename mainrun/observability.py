@@ -66,9 +66,9 @@ try:
 except ImportError:  # Windows, where a live run is then not told from a dead one
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["CheckpointError", "ObservabilityError", "Run", "add_arguments", "finish", "init",
-           "latest_ckpt", "log", "read_run", "resume", "save", "skip_batch", "skip_epoch", "step",
-           "validation", "watch"]  # fmt: skip
+__all__ = ["CheckpointError", "ObservabilityError", "Run", "add_arguments", "ended", "finish",
+           "init", "latest_ckpt", "log", "read_run", "resume", "save", "skip_batch", "skip_epoch",
+           "step", "validation", "watch"]  # fmt: skip
 
 SCHEMA = 1
 SHARD_BYTES = 64 << 20  # of the journal
@@ -292,7 +292,8 @@ class Run:
 
     def step(
         self, /, step: int | None = None, *, loss: Any = None, tokens: Any = None,
-        samples: Any = None, carry: Mapping[str, Any] | None = None, **metrics: Any,
+        samples: Any = None, carry: Mapping[str, Any] | None = None, last: bool = False,
+        **metrics: Any,
     ) -> None:
         """Record one optimizer step; the last line of an iteration that made one.
 
@@ -301,6 +302,7 @@ class Run:
             loss: a number or a one-element tensor; a CUDA tensor is not waited for.
             tokens, samples: how many this step consumed, for the rates per second.
             carry: the loop-carried locals that a resumed run needs.
+            last: the loop breaks after this step; a resumed run then leaves it at `ended`.
             metrics: further numbers or one-element tensors.
         """
         if not self._open:
@@ -327,7 +329,7 @@ class Run:
         except Exception as error:  # whatever the caller handed in: the training goes on
             _warn_once(f"step() failed and the training goes on: {error!r}")
         if self._keeper is not None:
-            self._after_step(carry)
+            self._after_step(carry, last)
             if self._keeper.signal is not None:
                 self._obey(self._keeper)
 
@@ -383,6 +385,11 @@ class Run:
     def skip_batch(self, /) -> bool:
         """First line of the loop over batches: `if obs.skip_batch(): continue`."""
         return self._keeper is not None and self._keeper.skip_batch()
+
+    @_fenced
+    def ended(self, /) -> bool:
+        """First line of a loop that breaks after its step: `if obs.ended(): break`."""
+        return self._keeper is not None and self._keeper.ended()
 
     def finish(self, /, status: str = "completed", **results: Any) -> None:
         """Write out what is left, results.json too, and close; a second call does nothing."""
@@ -470,12 +477,12 @@ class Run:
             self._keeper.publish(origin)  # a kill may have come between its commit and this
 
     @_fenced
-    def _after_step(self, carry: Mapping[str, Any] | None) -> None:
+    def _after_step(self, carry: Mapping[str, Any] | None, last: bool) -> None:
         if self._keeper is not None:
             if self._open and not self._sinks_open:
                 _warn_once("the run was to resume, but the script never calls resume()")
                 self._open_sinks()
-            self._keeper.after_step(self.global_step, carry)
+            self._keeper.after_step(self.global_step, carry, last)
 
     def _obey(self, keeper: Keeper) -> None:
         """End as the script would have, now that the step is saved."""
@@ -807,12 +814,14 @@ def add_arguments(parser: Any) -> None:
     add("--save_interval", "save_interval", "optimizer steps between two, or auto")
 
 
-_FORWARDED = ("watch", "step", "validation", "skip_epoch", "skip_batch", "save", "log", "finish")
+_FORWARDED = ("watch", "step", "validation", "skip_epoch", "skip_batch", "ended", "save",
+              "log", "finish")  # fmt: skip
 watch = _on_the_run(Run.watch)
 step = _on_the_run(Run.step)
 validation = _on_the_run(Run.validation)
 skip_epoch = _on_the_run(Run.skip_epoch)
 skip_batch = _on_the_run(Run.skip_batch)
+ended = _on_the_run(Run.ended)
 save = _on_the_run(Run.save)
 log = _on_the_run(Run.log)
 finish = _on_the_run(Run.finish)
@@ -1208,6 +1217,8 @@ class Keeper:
         self._place: _Place | None = None  # that a resumed run has yet to come to
         self._put_back: Any = None  # the generators after the last batch that is passed
         self._left = 0  # batches to pass
+        self._broke = False  # the loop, after the step that was last
+        self._leave = False  # the loop, in a resumed run
 
     def watch(self, **things: Any) -> None:
         for kind, given in things.items():
@@ -1216,8 +1227,8 @@ class Keeper:
 
     # Saving.
 
-    def after_step(self, step: int, carry: Mapping[str, Any] | None) -> None:
-        before, self._step = self._step, step
+    def after_step(self, step: int, carry: Mapping[str, Any] | None, last: bool) -> None:
+        before, self._step, self._broke = self._step, step, last
         self._carry.update(carry or {})
         self._between = True
         if self.signal is not None or self._wanted or self._due(step, before, time.monotonic()):
@@ -1245,6 +1256,7 @@ class Keeper:
         if last and not saver.wait(timeout):
             return False
         place = {"epoch": self._epoch, "step_in_epoch": self._batches, "ended": last,
+                 "broke": self._broke,
                  **numerics()}  # fmt: skip
         facts = self._facts(step)
         saver.save(step, self._parts(), lambda: {**place, **facts()}, hurry=last)
@@ -1305,7 +1317,8 @@ class Keeper:
         with contextlib.suppress(TypeError):  # some have no length
             if saved["loader"] and len(loaders[0]) == batches:
                 saved = {**saved, "start": saved}
-        place = _Place(epoch, batches, 0 if saved["loader"] else batches, whole, saved)
+        place = _Place(epoch, batches, 0 if saved["loader"] else batches, whole, state["broke"],
+                       saved)  # fmt: skip
         if epoch is None:
             self._enter(place)
         else:
@@ -1340,6 +1353,7 @@ class Keeper:
 
     def _enter(self, place: _Place) -> bool:
         self._epoch, self._between = place.epoch, True
+        self._broke = self._leave = place.broke
         if place.whole:
             self._restore_rng(place.rng)
         else:
@@ -1358,6 +1372,15 @@ class Keeper:
             self._restore_rng(self._put_back)
             self._put_back = None
         return self._left >= 0
+
+    def ended(self) -> bool:
+        """Whether a resumed run left the loop after this batch; it is the last one to be passed."""
+        if not self._leave or (self._put_back is not None and self._left > 1):
+            return False
+        if self._put_back is not None:
+            self.skip_batch()
+        self._leave = False
+        return True
 
     def _restore_rng(self, rng: Mapping[str, Any]) -> None:
         if not int(os.environ.get("RANK") or 0):  # the others must not repeat the first one's
@@ -1488,6 +1511,7 @@ class _Place(NamedTuple):
     batches: int
     left: int  # of the batches, to be passed
     whole: bool  # nothing of the epoch is left to do
+    broke: bool  # the loop was left here
     rng: dict[str, Any]  # the generators at the checkpoint; under "start", those before the loop
 
 

@@ -122,17 +122,18 @@ class Script:
         self.scaler.scale(loss).backward()
         return loss
 
-    def done(self, step: int, loss: torch.Tensor, **carry: Any) -> None:
+    def done(self, step: int, loss: torch.Tensor, last: bool = False, **carry: Any) -> None:
         with self.losses.open("a") as file:
             file.write(f"{step} {loss.item().hex()}\n")
-        obs.step(step, loss=loss, carry={"step": step, **carry})
+        obs.step(step, loss=loss, carry={"step": step, **carry}, last=last)
         if step == self.kill_at:
             obs._run._keeper.wait()
             os.kill(os.getpid(), signal.SIGKILL)
 
     def run(self) -> None:
         loops = {"accumulate": self.accumulate, "while": self.while_true, "full": self.full_batch,
-                 "one pass": self.one_pass}  # fmt: skip
+                 "one pass": self.one_pass, "capped": self.capped,
+                 "capped while": self.capped_while}  # fmt: skip
         loops.get(self.kind, self.epochs)()
 
     def epochs(self) -> None:
@@ -195,6 +196,35 @@ class Script:
             self.done(step, self.update(batch))
 
 
+    def capped(self) -> None:
+        """Left in the midst of the second epoch, and at the first batch of the third."""
+        step = obs.resume(step=0)
+        for epoch in range(3):
+            if obs.skip_epoch(epoch):
+                continue
+            for batch in self.loader:
+                if obs.ended():
+                    break
+                if obs.skip_batch():
+                    continue
+                step += 1
+                self.done(step, self.update(batch), last=step >= 7)
+                if step >= 7:
+                    break
+            torch.rand(epoch + 1)
+
+    def capped_while(self) -> None:
+        step = obs.resume(step=0)
+        while True:
+            if obs.ended():
+                break
+            step += 1
+            self.done(step, self.update(torch.rand(4, 6)), last=step >= 7)
+            if step >= 7:
+                break
+        torch.rand(1)
+
+
 def train(kind: str, folder: Path, kill_at: int = 0, **settings: Any) -> None:
     torch.set_num_threads(1)
     folder.mkdir(exist_ok=True)
@@ -236,7 +266,8 @@ def ended(folder: Path) -> Any:
 
 
 KINDS = ["plain", "workers", "accumulate", "lbfgs", "scaler", "iterable", "own state", "while",
-         "full", "one pass", *(["cuda"] if torch.cuda.is_available() else [])]  # fmt: skip
+         "full", "one pass", "capped", "capped while",
+         *(["cuda"] if torch.cuda.is_available() else [])]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -244,7 +275,8 @@ def test_a_run_killed_after_every_step_ends_in_the_same_digits(tmp_path, process
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert process(kind, straight) == 0
     expected = losses_of(straight / "losses")
-    stride = {"plain": 1, "workers": 4, "cuda": 4}.get(kind, 3)  # 5 and 10 end an epoch
+    # 5 and 10 end an epoch.
+    stride = {"plain": 1, "capped": 1, "workers": 4, "cuda": 4}.get(kind, 3)
     for kill_at in range(1, max(expected) + 1, stride):
         assert process(kind, killed, kill_at) == -signal.SIGKILL
     assert process(kind, killed) == 0
