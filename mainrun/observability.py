@@ -2742,8 +2742,9 @@ def _journal(run_dir: Path) -> Iterator[dict[str, Any]]:
     if not shards:
         raise RunError(f"{run_dir} holds no metrics.ndjson; give the directory of a run")
     for line in (line for shard in shards for line in shard.open("rb")):
-        with contextlib.suppress(ValueError):  # a torn line: the ring has the record
-            record = json.loads(line)
+        # A torn line: the ring has the record, were it but for the end of the line.
+        with contextlib.suppress(ValueError):
+            record = json.loads(line if line.endswith(b"\n") else b"")
             if record["schema"] > SCHEMA:
                 raise RunError(
                     f"{run_dir} has schema {record['schema']}, this file knows up to {SCHEMA}; "

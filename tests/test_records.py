@@ -202,11 +202,12 @@ def test_a_sigkill_loses_no_step_and_doubles_none(tmp_path, drain_interval):
         assert not (run_dir / "metrics.ring").exists()
 
 
-def test_a_torn_line_is_made_whole_from_the_ring(tmp_path):
+@pytest.mark.parametrize("missing", [17, 1])  # 1: only the end of the line
+def test_a_torn_line_is_made_whole_from_the_ring(tmp_path, missing):
     _, run_dir = kill_at_random(tmp_path, 0.001, 0.1)
     whole = list(obs.read_run(run_dir))
     last = run_dir / "metrics.ndjson"
-    os.truncate(last, last.stat().st_size - 17)  # a write that the kill cut short
+    os.truncate(last, last.stat().st_size - missing)  # a write that the kill cut short
     assert first_difference(obs.read_run(run_dir), whole) is None
     obs.rebuild(run_dir)
     assert first_difference(obs.read_run(run_dir), whole) is None
