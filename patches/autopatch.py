@@ -1136,8 +1136,8 @@ class NestPatcher:
 
     # -- the step
     def _steps(self, carry: dict[str, str]) -> None:
-        for spot, test in self.spots.find():
-            code = self._step_call(spot, carry)
+        for spot, test, last in self.spots.found:
+            code = self._step_call(spot, carry, last if self.out.parts["resume"] == "yes" else "")
             code, sure = (f"if {test}: {code}", "likely") if test else (code, "sure")
             if self.add(spot, "step", code, sure):
                 self.out.parts["log"] = "yes"
@@ -1151,7 +1151,7 @@ class NestPatcher:
             self.out.note(self.inner, "no room for obs.step in this loop (its body is on the line "
                                       "of its header)")
 
-    def _step_call(self, spot: Spot, carry: dict[str, str]) -> str:
+    def _step_call(self, spot: Spot, carry: dict[str, str], last: str) -> str:
         bound = self.script.bound(spot)
         args = [*self._counter(bound), *self._losses_at(spot), *Batch(self, bound).amount()]
         kept = [f'"{key}": {name}' for key, name in carry.items() if name in bound]
@@ -1161,6 +1161,8 @@ class NestPatcher:
                                           f"not carried")
         if kept:
             args.append(f"carry={{{', '.join(kept)}}}")
+        if last:
+            args.append(f"last={last}")
         return f"{self.obs}.step({', '.join(args)})"
 
     def _losses_at(self, spot: Spot) -> list[str]:
@@ -1244,6 +1246,14 @@ def loop_source(loop: Loop) -> str:
 
 
 # --- Where the step line goes ----------------------------------------------------------------
+class StepSpot(NamedTuple):
+    """Where a step line goes."""
+
+    spot: Spot
+    test: str = ""  # in words, where not every iteration steps
+    last: str = ""  # when the loop breaks after it
+
+
 class StepSpots:
     """The ends of an iteration that made an optimizer step."""
 
@@ -1255,9 +1265,10 @@ class StepSpots:
         self.first = min([self.script.index_in(self.loop.body, site)
                           for site, tests in zip(nest.nest.sites, ways, strict=True) if not tests],
                          default=0)
+        self.unseen: list[ast.stmt] = []  # exits after a step that a resumed run would not take
+        self.found = self._find()
 
-    def find(self) -> list[tuple[Spot, str]]:
-        """The spots, each with a test in words where not every iteration steps."""
+    def _find(self) -> list[StepSpot]:
         if not self.conditions:
             return self._ends(self.loop.body, self.first)
         outermost, (innermost, taken) = self.conditions[0][0], self.conditions[-1]
@@ -1266,15 +1277,28 @@ class StepSpots:
         branch = innermost.body if taken else innermost.orelse
         pure = all(self._pure(test.test, rest) for test, _ in self.conditions)
         if len(rest) > 1 and pure and not self._exits(rest[1:]):
-            return [(self._end(place.block), self._words())]
+            return [StepSpot(self._end(place.block), self._words())]
+        later = self._breaks(rest[1:])
         if self.script.indent_of(branch) is None and pure:
-            return [(self.script.behind(outermost), self._words())]
-        if len(rest) > 1:
+            return [StepSpot(self.script.behind(outermost), self._words(), later)]
+        if any(not isinstance(stmt, ast.If) for stmt in rest[1:]):
             self.n.out.note(innermost, "more happens after the branch that steps; a checkpoint "
                                        "taken there has not seen it")
         first = min(self.script.index_in(branch, site)
                     for site in self.n.nest.sites if self.script.inside(site, innermost))
-        return self._ends(branch, first)
+        return [found._replace(last=found.last or later) for found in self._ends(branch, first)]
+
+    def _breaks(self, rest: Sequence[ast.stmt]) -> str:
+        """The test of a break in what follows the step line, in words."""
+        tests = []
+        for leave in self._exits(rest):
+            owner = self.script.parent[leave]
+            if isinstance(leave, ast.Break) and isinstance(owner, ast.If) and owner in rest and (
+                    leave in owner.body and self._pure(owner.test, rest)):
+                tests.append(ast.unparse(owner.test))
+            elif not isinstance(leave, ast.Continue):
+                self.unseen.append(leave)
+        return tests[0] if len(tests) == 1 else " or ".join(f"({test})" for test in tests)
 
     def _tests(self, site: ast.AST) -> list[tuple[ast.If, bool]]:
         """Enclosing `if`s within the loop that do not step on every path, and the branch taken."""
@@ -1294,11 +1318,17 @@ class StepSpots:
             getattr(node, "attr", "") == "grad" for node in own(stmt))
         return by_hand or any(self.script.inside(site, stmt) for site in self.n.nest.sites)
 
-    def _ends(self, block: list[ast.stmt], first: int) -> list[tuple[Spot, str]]:
+    def _ends(self, block: list[ast.stmt], first: int) -> list[StepSpot]:
         """The end of `block`, and the exits from the loop after statement `first`."""
-        leaves = [leave for leave in self._exits(block[first:]) if leave not in block]
-        found = [spot for leave in leaves for spot in self._before(leave)]
-        return [*found, (self._end(block), "")]
+        exits = self._exits(block[first:])
+        self.unseen += [leave for leave in exits if isinstance(leave, ast.Return)]
+        found = [spot for leave in exits if leave not in block for spot in self._before(leave)]
+        end = self._end(block)
+        return [*found, StepSpot(end, last=self._last(*block[end.index : end.index + 1]))]
+
+    @staticmethod
+    def _last(*leave: ast.stmt) -> str:
+        return "True" if leave and isinstance(leave[0], ast.Break) else ""
 
     @staticmethod
     def _end(block: list[ast.stmt]) -> Spot:
@@ -1314,14 +1344,15 @@ class StepSpots:
                 and (isinstance(node, ast.Return)
                      or self.script.loops_around(node)[0] is self.loop)]
 
-    def _before(self, leave: ast.stmt) -> list[tuple[Spot, str]]:
+    def _before(self, leave: ast.stmt) -> list[StepSpot]:
         spot, owner = self.script.home[leave], self.script.parent[leave]
         if self.script.line_of(spot) is not None:
-            return [(spot, "")]
+            return [StepSpot(spot, last=self._last(leave))]
         if isinstance(owner, ast.If) and spot.block is owner.body and self._pure(owner.test, []):
             place = self.script.home[owner]
             if self.script.line_of(place) is not None:
-                return [(place, ast.unparse(owner.test))]
+                self.unseen += [leave] * (len(owner.body) > 1)  # what else is done there
+                return [StepSpot(place, ast.unparse(owner.test), self._last(leave))]
         self.n.out.note(leave, "this exit leaves no room for a line; its step is not logged")
         return []
 
@@ -1567,7 +1598,7 @@ Refusal = tuple[ast.AST, str]
 def refusals(n: NestPatcher) -> list[Refusal]:
     """Why a resume of this loop could not be exact: the first finding of each rule."""
     rules = (_several_runs, _state_outside, _optimizer_made_again, _optimizer_without_state,
-             _scheduler_steps_first, _reads_in_the_middle)
+             _scheduler_steps_first, _reads_in_the_middle, _left_unseen)
     return [found for rule in rules for found in list(rule(n))[:1]]
 
 
@@ -1580,6 +1611,11 @@ def _several_runs(n: NestPatcher) -> Iterator[Refusal]:
         yield n.outer, "several training loops in one file"
     if not n.script.own_line(n.inner.body[0]):
         yield n.inner, "the loop's body is on the line of its header"
+
+
+def _left_unseen(n: NestPatcher) -> Iterator[Refusal]:
+    for leave in n.spots.unseen:
+        yield leave, "the loop may end here, after its step, and a resumed run would go on"
 
 
 def _state_outside(n: NestPatcher) -> Iterator[Refusal]:
@@ -1692,10 +1728,13 @@ class Carried:
             label = getattr(getattr(loops[0], "target", None), "id", "")
             code = f"if {obs}.skip_epoch({label}): continue"
             self.n.add(Spot(loops[0].body, 0), "skip", code)
+        head = Spot(inner.body, first_unread(inner))
+        if any(found.last for found in self.n.spots.found):
+            self.n.add(head, "skip", f"if {obs}.ended(): break")
         counted = len(loops) == 1 and isinstance(inner, ast.While)  # by a step that is carried
         if not counted or any(map(reads_next, inner.body)):
             code = f"if {obs}.skip_batch(): continue"
-            self.n.add(Spot(inner.body, first_unread(inner)), "skip", code)
+            self.n.add(head, "skip", code)
 
     def _resume(self, spot: Spot, defaults: dict[str, str]) -> dict[str, str]:
         keys = {self._key(name): name for name in defaults}

@@ -231,8 +231,11 @@ class Kills:
         steps = [i for i, entry in enumerate(self.whole) if entry.kind == "at"]
         saved = (i for i in steps if int(self.whole[i].bits) >= every)
         # From the first checkpoint to the last step: what has completed is not resumed.
-        span = range(next(saved, 0) + 1, steps[-1] + 2 if steps else 0)
-        return sorted(draw.sample(span, min(self.bench.options.kill, len(span))))
+        span = range(next(saved, 0) + 1, steps[-1] + 1 if steps else 0)
+        points = draw.sample(span, min(self.bench.options.kill, len(span)))
+        if len(points) > 1:  # where loops end and break
+            points[-1] = steps[-1] + 1
+        return sorted(points)
 
     def place(self, part: Recording, done: int) -> tuple[int, list[Entry]]:
         """Where in the uninterrupted run a process began, and what it did from there on."""

@@ -31,7 +31,7 @@ GOLDEN = {
     ),
     "amp_flag": ("yes", "none seen", "yes", "loss=loss"),
     "bptt_manual_sgd": ("yes", "yes", "yes", "loss=loss"),
-    "counted_in_tokens": ("yes", "none seen", "yes", "loss=loss, tokens=y.numel()"),
+    "counted_in_tokens": ("yes", "none seen", "no", "loss=loss, tokens=y.numel()"),
     "epoch_function": ("yes", "yes", "yes", "loss=loss, samples=data.size(0)"),
     "fabric": ("yes", "yes", "yes", "iter_num, loss=loss"),
     "full_batch_globals": ("yes", "yes", "yes", "epoch"),

@@ -233,7 +233,7 @@ def test_a_patched_shape_is_identical_and_resumes_where_it_offers_to(tmp_path, n
     patched = tmp_path / SHAPES[name].name
     patched.write_bytes(SHAPES[name].read_bytes())
     subprocess.run([sys.executable, TOOLS / "autopatch.py", "--write", patched], check=True)
-    report = prove_script(SHAPES[name], patched=patched, pairs=1, kill=1, seed=3)
+    report = prove_script(SHAPES[name], patched=patched, pairs=1, kill=2, seed=3)
     assert (report["verdict"], report["first_difference"]) == ("identical", None)
     assert report["observed"]["train"] > 0
     if ".skip_" in patched.read_text() or ".resume(" in patched.read_text():
