@@ -440,7 +440,7 @@ class Run:
         if (directory := given or within) or self._origin:
             self._keeper = Keeper(self.settings, Path(directory or ""), self._facts)
         if self._keeper is not None and self._open:
-            self._keeper.manifest = json.dumps(_strict(self._manifest), indent=1).encode()
+            self._keeper.manifest = json.dumps(_plain(self._manifest), indent=1).encode()
             self._keeper.on_saved = lambda path: self._event("saved", checkpoint=path.name)
             self._keeper.catch_signals()
 
@@ -453,7 +453,7 @@ class Run:
             self.drain()
             known = {**now, "best": self.best, **self._curve.facts(step)}
             known["hyperparameters"] = self._manifest["hyperparameters"]
-            return {name: _strict(fact) for name, fact in known.items()}
+            return {name: _plain(fact) for name, fact in known.items()}
 
         return facts
 
@@ -466,7 +466,7 @@ class Run:
         if not self._open:
             return
         now = {**numerics(), "hyperparameters": self._manifest["hyperparameters"]}
-        if other := _differences(state, json.loads(json.dumps(_strict(now), default=str))):
+        if other := _differences(state, _plain(now)):
             _warn_once(f"resuming {origin} where not all is as it was, so the digits may differ: "
                        f"{'; '.join(other)}")  # fmt: skip
         self._curve.go_on(state)
@@ -710,7 +710,7 @@ class Run:
     def _save_json(self, name: str, content: Mapping[str, Any]) -> None:
         if self.dir is not None:
             try:
-                _replace_file(self.dir / name, json.dumps(_strict(content), indent=1) + "\n")
+                _replace_file(self.dir / name, json.dumps(_plain(content), indent=1) + "\n")
             except OSError as error:
                 self._degrade(name, error)
 
@@ -853,7 +853,7 @@ class Record(NamedTuple):
         """As strict JSON; the template of its form is four times faster than json.dumps."""
         if math.isfinite(sum(self.values)):
             return self.form.line % (self.seq, self.wall, self.step, *self.values)
-        return json.dumps(_strict(self.as_dict())) + "\n"
+        return json.dumps(_plain(self.as_dict())) + "\n"
 
 
 class _Form:
@@ -1172,7 +1172,7 @@ class TrainingLog:
             tags = dict(record.form.tags)
             if tags.pop("phase") in ("eval", "event"):
                 line = {"event": "validation", "time": record.wall, "step": record.step}
-                self._say(**_strict({**line, **tags, **record.as_dict()["metrics"]}))
+                self._say(**_plain({**line, **tags, **record.as_dict()["metrics"]}))
 
     def close(self) -> None:
         self._file.close()
@@ -2419,15 +2419,20 @@ def system_metrics() -> dict[str, float]:
 
 
 def _plain(value: Any, name: str = "") -> Any:
-    """A configuration of any kind as JSON, its secrets redacted."""
+    """Anything as strict JSON, its secrets redacted.
+
+    JSON has no NaN and no infinities: they are the strings "NaN", "Infinity", "-Infinity".
+    """
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     elif type(value).__name__ in ("Namespace", "SimpleNamespace"):
         value = vars(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(each, str(key)) for key, each in value.items()}
-    if isinstance(value, list | tuple | set):
+    if isinstance(value, list | tuple | set | deque):
         return [_plain(each, name) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)
     if value is None or isinstance(value, bool | int | float):
         return value
     return "<redacted>" if _SECRET_NAME.search(name) else _SECRET_TEXT.sub("<redacted>", str(value))
@@ -2505,7 +2510,7 @@ def _make_dirs(path: Path) -> None:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock that dies with its process. Raises BlockingIOError where another one lives."""
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # NFS wants to write
     try:
         if not _lock_file(handle):
             raise BlockingIOError(f"{path} is in use by another process")
@@ -2518,17 +2523,6 @@ def _sha256(path: Path) -> str:
     import hashlib
 
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _strict(value: Any) -> Any:
-    """JSON has no NaN and no infinities: they are the strings "NaN", "Infinity", "-Infinity"."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return json.dumps(value)
-    if isinstance(value, Mapping):
-        return {str(key): _strict(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(each) for each in value]
-    return value
 
 
 def _torch() -> Any:
@@ -2723,34 +2717,40 @@ def _shards(run_dir: Path) -> list[Path]:
     return paths
 
 
-def read_run(run_dir: str | Path) -> Iterator[dict[str, Any]]:
+def read_run(run_dir: str | Path, damage: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """The records of a run in their order, those too that a SIGKILL left in its ring.
 
+    Args:
+        damage: gets a sentence for each line of the journal that is no record.
     Raises:
         RunError: there is no journal, or it is of a newer schema.
     """
     seq = 0
-    for record in _journal(Path(run_dir)):
+    for record in _journal(Path(run_dir), [] if damage is None else damage):
         seq = record["seq"]
         yield record
     for left in Ring.left_behind(Path(run_dir) / "metrics.ring", seq):
-        yield _strict(left.as_dict())
+        yield _plain(left.as_dict())
 
 
-def _journal(run_dir: Path) -> Iterator[dict[str, Any]]:
-    shards = _shards(run_dir)
+def _journal(run_dir: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
+    shards, ring = _shards(run_dir), run_dir / "metrics.ring"
     if not shards:
         raise RunError(f"{run_dir} holds no metrics.ndjson; give the directory of a run")
-    for line in (line for shard in shards for line in shard.open("rb")):
-        # A torn line: the ring has the record, were it but for the end of the line.
-        with contextlib.suppress(ValueError):
-            record = json.loads(line if line.endswith(b"\n") else b"")
-            if record["schema"] > SCHEMA:
-                raise RunError(
-                    f"{run_dir} has schema {record['schema']}, this file knows up to {SCHEMA}; "
-                    "use the observability.py that wrote it"
-                )
-            yield record
+    lines = ((path, *line) for path in shards for line in enumerate(path.open("rb"), 1))
+    for path, number, line in lines:
+        torn = not line.endswith(b"\n")
+        try:
+            record = json.loads(b"" if torn else line)
+            newer = record["schema"] > SCHEMA
+        except (ValueError, TypeError, KeyError):
+            if not (torn and ring.exists()):  # else a kill's, and the ring has the record
+                damage.append(f"{path}, line {number}: no whole record")
+            continue
+        if newer:
+            raise RunError(f"{run_dir} has schema {record['schema']}, this file knows up to "
+                           f"{SCHEMA}; use the observability.py that wrote it")  # fmt: skip
+        yield record
 
 
 def repair(run_dir: Path) -> int:
@@ -2760,7 +2760,7 @@ def repair(run_dir: Path) -> int:
     """
     if alive(run_dir):
         return 0
-    written = max((record["seq"] for record in _journal(run_dir)), default=0)
+    written = max((record["seq"] for record in _journal(run_dir, [])), default=0)
     last = _shards(run_dir)[-1]
     os.truncate(last, last.read_bytes().rfind(b"\n") + 1)
     left = Ring.left_behind(run_dir / "metrics.ring", written)
@@ -2774,13 +2774,10 @@ def repair(run_dir: Path) -> int:
 def alive(run_dir: Path) -> bool:
     """Whether a process is still writing this run."""
     try:
-        fd = os.open(run_dir / "metrics.ring", os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        return not _lock_file(fd)
-    finally:
-        os.close(fd)
+        with _locked(run_dir / "metrics.ring"):
+            return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
 
 
 def rebuild(run_dir: Path) -> Path:
@@ -2811,27 +2808,27 @@ def _tb_dir(run_dir: Path) -> Path:
 def summary(run_dir: Path) -> dict[str, Any]:
     """A run in a line: how it ended, its losses, its median speed, its memory."""
     last: dict[str, float] = {}
-    best = (math.inf, 0)
+    best: tuple[float | None, int | None] = (None, None)
     speeds, steps, status, times = [], 0, "", []
     for record in read_run(run_dir):
         metrics = {name: float(value) for name, value in record["metrics"].items()}
         last |= metrics
-        steps = max(steps, record["step"])
+        steps, status = max(steps, record["step"]), record["tags"].get("status", status)
         times.append(record["time"])
         speeds += [v for k, v in metrics.items() if k == "speed/tokens_per_sec_step"]
-        best = min(best, (metrics.get("loss/val_step", math.inf), record["step"]))
-        status = record["tags"].get("status", status)
-    speed = sorted(speeds)[len(speeds) // 2] if speeds else None
+        loss = metrics.get("loss/val_step", math.nan)
+        if loss < (math.inf if best[0] is None else best[0]):
+            best = (loss, record["step"])
     return {
         "run": run_dir.name,
         "status": status or ("running" if alive(run_dir) else "killed"),
         "steps": steps,
         "train_loss": last.get("loss/train"),
         "val_loss": last.get("loss/val_step"),
-        "best_val_loss": best[0] if best[0] < math.inf else None,
-        "best_step": best[1] if best[0] < math.inf else None,
+        "best_val_loss": best[0],
+        "best_step": best[1],
         "lr": last.get("lr"),
-        "tokens_per_sec": speed,
+        "tokens_per_sec": sorted(speeds)[len(speeds) // 2] if speeds else None,
         "wall_s": times[-1] - times[0] if times else 0.0,
         "rss_mb": last["system/rss_bytes"] / 1e6 if "system/rss_bytes" in last else None,
     }
@@ -2842,38 +2839,20 @@ def verify(run_dir: Path) -> dict[str, Any]:
     saved = [path for path, _ in checkpoints(run_dir / "checkpoints")]
     damage = [f"{path}: {found}" for path in saved if (found := ckpt_damage(path))]
     damage += [str(path) for path in (run_dir / "checkpoints").glob(".corrupt-*")]
-    records, torn = _check_journal(run_dir)
-    damage += torn
+    records = list(read_run(run_dir, damage))
+    damage += _gaps(records)
     events = sorted(_tb_dir(run_dir).glob("events.out.tfevents.*.obs"))
     damage += [f"{path}: {found}" for path in events if (found := _event_damage(path))]
-    checked = f"{len(saved)} checkpoints, {records} records, {len(events)} event files"
+    checked = f"{len(saved)} checkpoints, {len(records)} records, {len(events)} event files"
     return {"run": str(run_dir), "checked": checked, "damage": damage}
 
 
-def _check_journal(run_dir: Path) -> tuple[int, list[str]]:
-    """How many records there are, and what is wrong with them.
-
-    A torn last line is a kill's, and its record is in the ring. Numbers have gaps only where a
-    resume took records out.
-    """
-    shards, records, damage = _shards(run_dir), 0, []
-    for shard in shards:
-        *lines, rest = shard.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, 1):
-            try:
-                json.loads(line)["seq"]
-                records += 1
-            except (ValueError, TypeError, KeyError):
-                damage.append(f"{shard}, line {number}: no record")
-        if rest and not (run_dir / "metrics.ring").exists():
-            damage.append(f"{shard}: its last line is torn")
-    if damage:
-        return records, damage
-    read = list(read_run(run_dir))
-    gaps = [(a["seq"], b["seq"]) for a, b in pairwise(read) if b["seq"] != a["seq"] + 1]
-    resumed = any(record["tags"].get("event") == "resume" for record in read)
-    damage = [f"{run_dir}: record {b} follows {a}" for a, b in gaps if b <= a or not resumed]
-    return len(read), damage
+def _gaps(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where the numbers do not go on by one, as they need not where a resume took records out."""
+    resumed = any(record["tags"].get("event") == "resume" for record in records)
+    pairs = pairwise(record["seq"] for record in records)
+    return [f"metrics.ndjson: record {b} follows {a}"
+            for a, b in pairs if b <= a or (b > a + 1 and not resumed)]  # fmt: skip
 
 
 def _event_damage(path: Path) -> str | None:
@@ -3015,18 +2994,16 @@ def parity(log: Curve, baseline: Curve, tolerance: float, last_tolerance: float)
     result: dict[str, Any] = {"tolerance": tolerance, "last_tolerance": last_tolerance}
     if other := _other_facts(log, baseline):
         return {"verdict": "another dataset", "dataset": other, **result}
-    largest, end = 0.0, max(baseline.points)
-    for step, expected in sorted(baseline.points.items()):
-        if step not in log.points:
-            verdict = "unfinished" if step > max(log.points) else "differs"
-            return {"verdict": verdict, "step": step, "expected": expected, **result}
-        off = abs(log.points[step] - expected)
-        largest = max(largest, off)
-        if not off <= (last_tolerance if step == end else tolerance):  # a NaN is off
-            return {"verdict": "differs", "step": step, "got": log.points[step],
-                    "expected": expected, "off": off, **result}  # fmt: skip
-    return {"verdict": "match", "points": len(baseline.points), "largest": largest, "step": end,
-            "got": log.points[end], "expected": baseline.points[end], **result}  # fmt: skip
+    steps, end = sorted(baseline.points), max(baseline.points)
+    off = {step: abs(log.points.get(step, math.nan) - baseline.points[step]) for step in steps}
+    within = {step: off[step] <= tolerance for step in steps}  # a NaN is not
+    within[end] = off[end] <= last_tolerance
+    step = next((step for step in steps if not within[step]), end)
+    unfinished = step not in log.points and step > max(log.points)
+    verdict = "match" if within[step] else "unfinished" if unfinished else "differs"
+    return {"verdict": verdict, "points": len(steps), "largest": max(off.values()), "step": step,
+            "got": log.points.get(step), "expected": baseline.points[step], "off": off[step],
+            **result}  # fmt: skip
 
 
 def _other_facts(log: Curve, baseline: Curve) -> dict[str, list[Any]]:
@@ -3037,21 +3014,19 @@ def _other_facts(log: Curve, baseline: Curve) -> dict[str, list[Any]]:
 
 
 def _sentence(result: Mapping[str, Any]) -> str:
-    verdict = result["verdict"]
+    verdict, step = result["verdict"], result.get("step")
     if verdict == "another dataset":
         pairs = (f"{name} {a} here, {b} there" for name, (a, b) in result["dataset"].items())
         return f"another dataset, so the curves are not compared: {'; '.join(pairs)}"
     if verdict == "unfinished":
-        return f"unfinished: it matches so far, and has no validation loss at step {result['step']}"
-    if verdict == "differs" and "got" not in result:
-        return f"differs: there is no validation loss at step {result['step']}"
+        return f"unfinished: it matches so far, and has no validation loss at step {step}"
+    if result["got"] is None:
+        return f"differs: there is no validation loss at step {step}"
     numbers = f"{result['got']!r} here, {result['expected']!r} in the baseline"
     if verdict == "differs":
-        return f"differs from step {result['step']} on: {numbers}, {result['off']:.2e} apart"
-    return (
-        f"matches at all {result['points']} points, at most {result['largest']:.1e} apart; "
-        f"at step {result['step']}: {numbers}"
-    )
+        return f"differs from step {step} on: {numbers}, {result['off']:.2e} apart"
+    most = f"at most {result['largest']:.1e} apart"
+    return f"matches at all {result['points']} points, {most}; at step {step}: {numbers}"
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -3110,7 +3085,7 @@ def _parser() -> Any:
 def _cmd_summarize(options: Any) -> int:
     rows = [summary(run) for run in options.runs]
     if options.json:
-        print(json.dumps(_strict(rows), indent=1))
+        print(json.dumps(_plain(rows), indent=1))
     elif options.csv:
         import csv
 
@@ -3137,7 +3112,7 @@ def _cmd_parity(options: Any) -> int:
         tolerance = baseline.about.get("tolerance", TOLERANCE)
         last = baseline.about.get("tolerance_last", TOLERANCE_LAST)
     result = parity(log, baseline, tolerance, last)
-    print(json.dumps(_strict(result)) if options.json else f"{options.log} {_sentence(result)}")
+    print(json.dumps(_plain(result)) if options.json else f"{options.log} {_sentence(result)}")
     return {"match": 0, "another dataset": 2}.get(result["verdict"], 1)
 
 
