@@ -138,7 +138,6 @@ class Run:
         self.dir: Path | None = None
         self.global_step = 0
         self.epoch: int | None = None
-        self.best: tuple[float, int] | None = None  # the lowest validation loss, and its step
         self.degraded: dict[str, str] = {}  # what broke, and how
         self._started = time.time()
         self._lrs: dict[str, Any] = {}
@@ -147,9 +146,8 @@ class Run:
         self._tokens = 0
         self._epoch_began = (0.0, 0)  # perf_counter(), tokens
         self._epoch_loss: Any = None
-        self._last: dict[str, float] = {}
         self._forms: dict[tuple[str, ...], _Form] = {}
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[tuple[_Form, float, int, list[Any]]] = deque()
         self._seq = self._drained = self._dropped = 0
         self._stuck_at = -1  # how far the sinks were when the ring was last found full for long
         self._lock = threading.RLock()  # reentrant, for a signal handler that calls in
@@ -230,7 +228,7 @@ class Run:
             self._open = False
             self._ring.close()
         if self._keeper is not None:
-            self._keeper.release_signals()
+            self._keeper.let_go(None)
 
     def __enter__(self) -> Run:
         return self
@@ -399,7 +397,7 @@ class Run:
         if self._open:
             self._finish(status, results)
         if keeper is not None:
-            keeper.end(keeper.signal)
+            keeper.let_go(keeper.signal)
 
     def _ready(self, call: str) -> bool:
         if not self._open and self.dir is not None:
@@ -451,7 +449,7 @@ class Run:
         def facts() -> dict[str, Any]:
             self._land()
             self.drain()
-            known = {**now, "best": self.best, **self._curve.facts(step)}
+            known = {**now, **self._curve.facts(step)}
             known["hyperparameters"] = self._manifest["hyperparameters"]
             return {name: _plain(fact) for name, fact in known.items()}
 
@@ -462,7 +460,6 @@ class Run:
         """Be the run that the checkpoint is of, from its step on."""
         state = read_state(origin)
         self.global_step, self._tokens = state["global_step"], state["tokens"]
-        self.best = state["best"] and (float(state["best"][0]), state["best"][1])
         if not self._open:
             return
         now = {**numerics(), "hyperparameters": self._manifest["hyperparameters"]}
@@ -470,7 +467,6 @@ class Run:
             _warn_once(f"resuming {origin} where not all is as it was, so the digits may differ: "
                        f"{'; '.join(other)}")  # fmt: skip
         self._curve.go_on(state)
-        self._last = self._curve.last()
         self._event("resume", checkpoint=origin.name, differs="; ".join(other))
         self._open_sinks(state)
         if self._keeper is not None:
@@ -490,7 +486,7 @@ class Run:
         keeper.wait()
         if number is not None and keeper.kills(number):
             self._finish(f"signal {number}", {})
-        keeper.end(number)
+        keeper.let_go(number)
 
     # From a value to the ring.
 
@@ -511,13 +507,15 @@ class Run:
         elif _ONLY_FLOATS.issuperset(map(type, values)):
             self._commit(form, time.time(), step, values)
         else:
-            self._in_flight.append(_InFlight(form, time.time(), step, values))
+            self._in_flight.append((form, time.time(), step, values))
 
     def _land(self) -> None:
         if self._landing.acquire(blocking=False):  # one thread at a time, to keep their order
             try:
-                while self._in_flight and self._in_flight[0].landed():
-                    self._commit(*self._in_flight.popleft().unload())
+                while self._in_flight and _landed(self._in_flight[0][-1]):
+                    form, wall, step, values = self._in_flight.popleft()
+                    values = [v if type(v) is float else v.take() for v in values]
+                    self._commit(form, wall, step, values)
             finally:
                 self._landing.release()
 
@@ -610,23 +608,13 @@ class Run:
 
     def _write(self, records: list[Record]) -> None:
         for record in records:
-            if record.form.tags["phase"] in ("train", "eval"):
-                self._last.update(zip(record.form.names, record.values, strict=True))
-            if record.form.names[:1] == ("loss/val_step",):
-                self._note_validation(record.values[0], record.step)
-                self._curve.validations.append((record.step, record.values[0], self.epoch))
-            elif record.form.names[:1] == ("loss/train",):
-                self._curve.note(record.step, record.values[0])
+            self._curve.take(record, self.epoch)
         for sink in list(self._sinks):
             try:
                 sink.write(records)
             except Exception as error:  # a full disk, a stranger's package: the others go on
                 self._sinks.remove(sink)
                 self._degrade(type(sink).__name__, error)
-
-    def _note_validation(self, loss: float, step: int) -> None:
-        if math.isfinite(loss) and (self.best is None or loss < self.best[0]):
-            self.best = (loss, step)
 
     def _degrade(self, what: str, error: Exception) -> None:
         if what not in self.degraded:
@@ -689,17 +677,13 @@ class Run:
                                          start_new_session=True)  # fmt: skip
 
     def _results(self, status: str, lost: int) -> dict[str, Any]:
-        best_loss, best_step = self.best or (None, None)
         facts = {
             "schema": SCHEMA,
             "run": self.name,
             "status": status,
             "steps": self.global_step,
             "wall_s": round(time.time() - self._started, 3),
-            "final_train_loss": self._last.get("loss/train"),
-            "final_val_loss": self._last.get("loss/val_step"),
-            "best_val_loss": best_loss,
-            "best_val_step": best_step,
+            **self._curve.results(),
             "best_checkpoint": str(best_ckpt(self.dir / "checkpoints") or "") if self.dir else "",
             **{k.removeprefix("system/"): v for k, v in system_metrics().items() if "peak" in k},
             "degraded": self.degraded,
@@ -959,23 +943,11 @@ class _Landing:
         return float(self._cell[2].value)
 
 
-class _InFlight(NamedTuple):
-    """A record with values that have not landed yet."""
-
-    form: _Form
-    wall: float
-    step: int
-    values: list[Any]
-
-    def landed(self) -> bool:
-        for value in self.values:  # a plain loop: each step passes here
-            if value.__class__ is _Landing and not value.landed():
-                return False
-        return True
-
-    def unload(self) -> tuple[_Form, float, int, list[float]]:
-        values = [v.take() if type(v) is _Landing else v for v in self.values]
-        return self.form, self.wall, self.step, values
+def _landed(values: Sequence[Any]) -> bool:
+    for value in values:  # noqa: SIM110, a generator costs more, and each step passes here
+        if value.__class__ is _Landing and not value.landed():
+            return False
+    return True
 
 
 def _number(name: str, value: Any) -> Any:
@@ -1256,8 +1228,7 @@ class Keeper:
         if last and not saver.wait(timeout):
             return False
         place = {"epoch": self._epoch, "step_in_epoch": self._batches, "ended": last,
-                 "broke": self._broke,
-                 **numerics()}  # fmt: skip
+                 "broke": self._broke, **numerics()}  # fmt: skip
         facts = self._facts(step)
         saver.save(step, self._parts(), lambda: {**place, **facts()}, hurry=last)
         self._saved_at = time.monotonic()
@@ -1266,12 +1237,14 @@ class Keeper:
 
     def finish(self, completed: bool) -> None:
         """The last save, where saving is on and the loop has come to its end."""
-        if self._step is None or not (self.every or self._wanted or self._saver):
+        step, saving = self._step, self.every or self._wanted or self._saver
+        if step is None or not saving:
             return
-        done = self.save(self._step, last=True) if completed else self.wait()
-        if not done:
-            _warn_once(f"the checkpoint of step {self._step} took over "
+        if not (self.save(step, last=True) if completed else self.wait()):
+            _warn_once(f"the checkpoint of step {step} took over "
                        f"{self._settings.save_timeout:g} s; raise save_timeout")  # fmt: skip
+        if self._saver is not None:
+            self._saver.close()
 
     def wait(self) -> bool:
         return self._saver is None or self._saver.wait(self._settings.save_timeout)
@@ -1398,7 +1371,7 @@ class Keeper:
 
     def _note_signal(self, number: int, frame: Any) -> None:
         if self.signal is not None or self._step is None:  # the second, or no loop is under way
-            self.pass_on(number)
+            self.let_go(number)
         else:
             self.signal, self._signal_at = number, time.monotonic()
 
@@ -1409,60 +1382,69 @@ class Keeper:
     def kills(self, number: int) -> bool:
         return not callable(self._previous.get(number))
 
-    def pass_on(self, number: int) -> None:
-        previous = self._previous.get(number)
-        self.release_signals()
-        if callable(previous):
-            previous(number, None)
+    def let_go(self, number: int | None) -> None:
+        """Give the signals back, and this one to whom it was for."""
+        previous, self._previous, self.signal = self._previous, {}, None
+        for caught, handler in previous.items():
+            with contextlib.suppress(ValueError):  # not the main thread
+                if signal.getsignal(caught) == self._note_signal:
+                    signal.signal(caught, handler)
+        if number is None:
+            return
+        if callable(handler := previous.get(number)):
+            handler(number, None)
         else:
             os.kill(os.getpid(), number)
 
-    def end(self, number: int | None) -> None:
-        """Give the signals back, and one that waited to whom it was for."""
-        if self._saver is not None:
-            self._saver.close()
-        if number is not None:
-            self.pass_on(number)
-        self.release_signals()
-
-    def release_signals(self) -> None:
-        previous, self._previous, self.signal = self._previous, {}, None
-        for number, handler in previous.items():
-            with contextlib.suppress(ValueError):  # not the main thread
-                if signal.getsignal(number) == self._note_signal:
-                    signal.signal(number, handler)
-
 
 class _Curve:
-    """The tail of the losses: what a checkpoint keeps of it, and whether a resumed run fits."""
+    """The losses on their way to the sinks: the best, the tail that a checkpoint keeps, and
+    whether a resumed run fits it."""
 
     def __init__(self) -> None:
+        self.best: tuple[float, int] | None = None  # the lowest validation loss, and its step
         self.losses: deque[tuple[int, float]] = deque(maxlen=200)
         self.validations: deque[tuple[int, float, Any]] = deque(maxlen=200)
         self.epoch_losses: dict[Any, float] = {}  # the last validation loss of a resumed epoch
         self.redone: dict[int, float] = {}  # losses by step, of what a resumed run does again
         self._before: list[float] = []
 
+    def take(self, record: Record, epoch: int | None) -> None:
+        name = record.form.names[0] if record.values else ""
+        if name == "loss/train":
+            self.note(record.step, record.values[0])
+        elif name == "loss/val_step":
+            loss = record.values[0]
+            self.validations.append((record.step, loss, epoch))
+            if math.isfinite(loss) and (self.best is None or loss < self.best[0]):
+                self.best = (loss, record.step)
+
+    def results(self) -> dict[str, Any]:
+        best_loss, best_step = self.best or (None, None)
+        return {
+            "final_train_loss": self.losses[-1][1] if self.losses else None,
+            "final_val_loss": self.validations[-1][1] if self.validations else None,
+            "best_val_loss": best_loss,
+            "best_val_step": best_step,
+        }
+
     def facts(self, step: int) -> dict[str, Any]:
         """As of a step; the writer may look when the loop is a little further."""
         history = [[at, loss] for at, loss in list(self.losses) if at <= step][-100:]
-        seen = [v for v in list(self.validations) if v[0] <= step][-1:]
-        return {"loss_history": history, **({} if not seen else {
-            "val_loss": seen[0][1], "val_step": seen[0][0], "val_epoch": seen[0][2]})}  # fmt: skip
+        facts: dict[str, Any] = {"best": self.best, "loss_history": history}
+        for at, loss, epoch in [v for v in list(self.validations) if v[0] <= step][-1:]:
+            facts |= {"val_loss": loss, "val_step": at, "val_epoch": epoch}
+        return facts
 
     def go_on(self, state: Mapping[str, Any]) -> None:
         self.losses.extend((step, float(loss)) for step, loss in state["loss_history"])
         self._before = [loss for _, loss in self.losses][-20:]
+        self.best = state.get("best")
         if "val_loss" in state:
             loss, epoch = float(state["val_loss"]), state["val_epoch"]
             self.validations.append((state["val_step"], loss, epoch))
             if epoch == state["epoch"]:
                 self.epoch_losses[epoch] = loss
-
-    def last(self) -> dict[str, float]:
-        validations = [loss for _, loss, _ in self.validations]
-        known = {"loss/train": [loss for _, loss in self.losses], "loss/val_step": validations}
-        return {name: losses[-1] for name, losses in known.items() if losses}
 
     def note(self, step: int, loss: float) -> None:
         self.losses.append((step, loss))
@@ -2371,7 +2353,7 @@ def manifest(commit: str | None) -> dict[str, Any]:
     script = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "")
     folders = (script_dir(), *script_dir().parents)
     locks = (folder / name for folder in folders for name in ("uv.lock", "uv.lock.json"))
-    facts = {
+    facts: dict[str, Any] = {
         "schema": SCHEMA,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -2381,23 +2363,12 @@ def manifest(commit: str | None) -> dict[str, Any]:
         "script": script.name,
         "script_sha256": _sha256(script) if script.is_file() else None,
         "command_line": _redacted(sys.argv),
-        **_torch_facts(),
     }
+    if torch := sys.modules.get("torch"):
+        facts |= numerics()
+        if torch.cuda.is_available():  # though nothing may be on it yet
+            facts["device"] = torch.cuda.get_device_name()
     return {name: _plain(value) for name, value in facts.items() if value is not None}
-
-
-def _torch_facts() -> dict[str, Any]:
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return {}
-    cuda = torch.cuda.is_available()
-    return {
-        "torch": str(torch.__version__),
-        "cuda": torch.version.cuda,
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def system_metrics() -> dict[str, float]:
@@ -2577,14 +2548,14 @@ class Onlooker:
         torch = _torch()
         optim.register_optimizer_step_pre_hook(_fenced(self._before_step))
         optim.register_optimizer_step_post_hook(_fenced(self._after_step))
-        _call_before(torch.autograd, "backward", _fenced(self._note_loss))
+        _call_after(torch.autograd, "backward", _fenced(self._note_loss))
         scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)
         _call_after(scaler, "scale", _fenced(self._note_scaled))
 
     def _note_scaled(self, result: Any, _: Any, outputs: Any) -> None:
         self._scaled = (result, outputs)
 
-    def _note_loss(self, tensors: Any, *_: Any, **__: Any) -> None:
+    def _note_loss(self, _: None, tensors: Any, *__: Any, **___: Any) -> None:
         scaled, self._scaled = self._scaled, None
         if scaled is not None and scaled[0] is tensors:
             tensors = scaled[1]
@@ -2641,17 +2612,6 @@ class Onlooker:
             return f"observability: {why}; nothing is added"
         return (f"observability: {self._steps} steps are in {self.run.dir}; without call sites "
                 "evaluations are not seen, and no run can be resumed")  # fmt: skip
-
-
-def _call_before(owner: Any, name: str, note: Callable[..., Any]) -> None:
-    original = getattr(owner, name)
-
-    @functools.wraps(original)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        note(*args, **kwargs)
-        return original(*args, **kwargs)
-
-    setattr(owner, name, call)
 
 
 def _call_after(owner: Any, name: str, note: Callable[..., Any]) -> None:
@@ -3036,7 +2996,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0: it is so; 1: it is not; 2: the question could not be answered."""
     options = _parser().parse_args(arguments)
     try:
-        return int(options.command(options))
+        return int(options.command(options) or 0)
     except (ObservabilityError, OSError) as error:
         print(f"observability: {error}", file=sys.stderr)
         return 2
@@ -3050,7 +3010,7 @@ def _parser() -> Any:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(run: Callable[[Any], int], text: str) -> argparse.ArgumentParser:
+    def command(run: Callable[[Any], int | None], text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(run.__name__.removeprefix("_cmd_"), help=text, description=text)
         added.set_defaults(command=run)
         return added
@@ -3082,7 +3042,7 @@ def _parser() -> Any:
     return parser
 
 
-def _cmd_summarize(options: Any) -> int:
+def _cmd_summarize(options: Any) -> None:
     rows = [summary(run) for run in options.runs]
     if options.json:
         print(json.dumps(_plain(rows), indent=1))
@@ -3097,7 +3057,6 @@ def _cmd_summarize(options: Any) -> int:
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         for line in cells:
             print("  ".join(map(str.ljust, line, widths)).rstrip())
-    return 0
 
 
 def _cell(value: Any) -> str:
@@ -3125,14 +3084,13 @@ def _cmd_verify(options: Any) -> int:
     return 1 if found["damage"] else 0
 
 
-def _cmd_plot(options: Any) -> int:
+def _cmd_plot(options: Any) -> None:
     with contextlib.suppress(AttributeError, OSError):  # Windows
         os.nice(19)  # the cores are the training's
     print(plot(options.run))
-    return 0
 
 
-def _cmd_run(options: Any) -> int:
+def _cmd_run(options: Any) -> None:
     if not options.script.is_file():
         raise ObservabilityError(f"{options.script} is no file; give the training script")
     sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -3140,15 +3098,13 @@ def _cmd_run(options: Any) -> int:
 
     del sys.path[0]
     observability.run_script(options.script, options.arguments)
-    return 0
 
 
-def _cmd_rebuild(options: Any) -> int:
+def _cmd_rebuild(options: Any) -> None:
     print(rebuild(options.run))
-    return 0
 
 
-def _cmd_tb(options: Any) -> int:
+def _cmd_tb(options: Any) -> None:
     import importlib.util
 
     if importlib.util.find_spec("tensorboard") is None:

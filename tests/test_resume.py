@@ -375,6 +375,28 @@ def test_a_signal_saves_the_step_and_ends_the_script_as_it_would_have(tmp_path, 
     assert same_bits(torch.load(tmp_path / "ended", weights_only=False), unobserved["cpu"][1])
 
 
+def test_a_script_that_handles_the_signal_itself_goes_on_and_is_saved_as_before(
+    open_run, run_dir, tiny_model
+):
+    model, optimizer = tiny_model[:2]
+    noted: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: noted.append(number))
+    try:
+        run = open_run(save_interval="3")
+        obs.watch(model, optimizer=optimizer)
+        for step in range(1, 7):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            obs.step(step, loss=1.0)
+            assert noted == [signal.SIGTERM] * (step >= 2)
+            run._keeper.wait()
+        assert saved_steps(run_dir / "checkpoints") == [2, 3, 6]
+        # By it the device holds the optimizer's step where a copy may still be under way.
+        assert run._keeper._saver._hooks[0].id in optimizer._optimizer_step_pre_hooks
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 # --- What is not as it was ------------------------------------------------------------------------
 
 

@@ -339,7 +339,7 @@ def test_a_value_that_never_lands_is_counted_as_lost(open_run, run_dir, no_pinni
     run = open_run(close_timeout=0.2)
     obs.step(1, loss=torch.tensor(1.0).as_subclass(OnDevice))
     [flight] = run._in_flight
-    flight.values[0]._cell[1].value = obs._Landing._ABSENT  # as if the copy were still to come
+    flight[-1][0]._cell[1].value = obs._Landing._ABSENT  # as if the copy were still to come
     obs.step(2, loss=2.0)
     obs.finish()
     assert [r["step"] for r in records(run_dir, "train")] == [2]
