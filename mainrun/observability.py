@@ -753,7 +753,7 @@ def init(*args: Any, **kwargs: Any) -> Run:
         _run.finish("superseded")
     _run = Run(*args, **kwargs)
     # From now on obs.step is the run's own: handing the arguments on costs 8 us beside a real step.
-    globals().update({name: getattr(_run, name) for name in _FORWARDED})
+    globals().update({name: getattr(_run, name) for name in __all__ if hasattr(Run, name)})
     return _run
 
 
@@ -798,8 +798,6 @@ def add_arguments(parser: Any) -> None:
     add("--save_interval", "save_interval", "optimizer steps between two, or auto")
 
 
-_FORWARDED = ("watch", "step", "validation", "skip_epoch", "skip_batch", "ended", "save",
-              "log", "finish")  # fmt: skip
 watch = _on_the_run(Run.watch)
 step = _on_the_run(Run.step)
 validation = _on_the_run(Run.validation)
@@ -1221,19 +1219,17 @@ class Keeper:
             self._wanted = True
 
     def save(self, step: int, *, last: bool = False) -> bool:
-        """Snapshot and write behind; the last one is waited for. False where it did not come."""
+        """Snapshot and write behind; the last one is waited for. False while one is in flight."""
         self._wanted = False
-        began = time.monotonic()
-        saver, timeout = self._open(), self._settings.save_timeout
-        if last and not saver.wait(timeout):
-            return False
+        began, saver = time.monotonic(), self._open()
         place = {"epoch": self._epoch, "step_in_epoch": self._batches, "ended": last,
                  "broke": self._broke, **numerics()}  # fmt: skip
         facts = self._facts(step)
-        saver.save(step, self._parts(), lambda: {**place, **facts()}, hurry=last)
+        saver.save(step, self._parts(), lambda: {**place, **facts()},
+                   wait=self._settings.save_timeout if last else 0)  # fmt: skip
         self._saved_at = time.monotonic()
         self._cost_s = self._saved_at - began + saver.write_s
-        return not last or saver.wait(timeout)
+        return not saver.busy()
 
     def finish(self, completed: bool) -> None:
         """The last save, where saving is on and the loop has come to its end."""
@@ -1916,17 +1912,15 @@ def _numpy_types() -> list[Any]:
 
 
 def _check_names(own: Mapping[str, Any], saved: Mapping[str, Any], path: str | Path) -> None:
-    shapes = [{name: tuple(getattr(value, "shape", ())) for name, value in tree.items()}
-              for tree in (saved, own)]  # fmt: skip
-    there, here = shapes
-    both = sorted(there.keys() & here.keys())
+    there, here = ({name: tuple(getattr(value, "shape", ())) for name, value in tree.items()}
+                   for tree in (saved, own))  # fmt: skip
     wrong = {
-        "missing": sorted(here.keys() - there.keys()),
-        "unexpected": sorted(there.keys() - here.keys()),
+        "missing": here.keys() - there.keys(),
+        "unexpected": there.keys() - here.keys(),
         "mis-shaped (saved, here)":
-            [f"{n} {there[n]}, {here[n]}" for n in both if there[n] != here[n]],
+            {f"{n} {there[n]}, {here[n]}" for n in there.keys() & here if there[n] != here[n]},
     }  # fmt: skip
-    found = [f"{kind}: {', '.join(names)}" for kind, names in wrong.items() if names]
+    found = [f"{kind}: {', '.join(sorted(names))}" for kind, names in wrong.items() if names]
     if found:
         raise CheckpointError(f"{path} is of a different model; {'; '.join(found)}")
 
@@ -2005,17 +1999,14 @@ class Saver:
             self._start(lambda: self._fit(tensors), "cannot reserve memory for checkpoints")
 
     def save(
-        self, step: int, parts: Mapping[str, Any], state: Any, *, wait: bool = False,
-        hurry: bool = False,
+        self, step: int, parts: Mapping[str, Any], state: Any, *, wait: float = 0
     ) -> bool:  # fmt: skip
         """Snapshot `parts` now, write behind; False when skipped, failed or saved already.
 
-        With `wait` it waits for the save in flight and for its own; without, it is skipped while
-        one is in flight. `state` may be a function, and is then called by the writer.
+        `wait` is for how many seconds it may wait for a save in flight, and then for its own; it is
+        skipped while one is in flight. `state` may be a function, which the writer then calls.
         """
-        if wait:
-            self.wait()
-        if self.busy():
+        if not self.wait(wait):
             self.skipped += 1
             return False
         if step == self._last_step or self.store.path(step) == self.store.resumed_from:
@@ -2031,9 +2022,8 @@ class Saver:
             return False
         self._last_step = step
         job = functools.partial(self._write, step, snapshot, arena, state)
-        self._start(job, complaint, hurry=wait or hurry)
-        if wait:
-            self.wait()
+        self._start(job, complaint, hurry=wait > 0)
+        self.wait(wait)
         return True
 
     def close(self) -> None:
@@ -2274,9 +2264,12 @@ def _snapshot(
         live.append(t)
         return t
 
-    small = _map(parts.get("rng_state.pt"), lambda t: t.detach().clone())
-    big = {name: _map(part, take) for name, part in parts.items() if name != "rng_state.pt"}
-    return big if small is None else {**big, "rng_state.pt": small}, live
+    def copied(t: Any) -> Any:
+        return t.detach().clone()
+
+    tree = {name: _map(part, copied if name == "rng_state.pt" else take)
+            for name, part in parts.items()}  # fmt: skip
+    return tree, live
 
 
 def _map(tree: Any, change: Callable[[Any], Any]) -> Any:

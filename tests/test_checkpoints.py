@@ -95,7 +95,7 @@ def test_a_snapshot_is_exact_though_training_goes_on(store):
 
 def test_tied_weights_stay_tied_and_are_stored_once(store):
     model = Tied()
-    obs.Saver(store, warn=pytest.fail).save(1, obs.capture([model]), {}, wait=True)
+    obs.Saver(store, warn=pytest.fail).save(1, obs.capture([model]), {}, wait=60)
     saved = torch.load(store.path(1) / "model.pth", weights_only=True)
     assert saved["emb.weight"].data_ptr() == saved["head.weight"].data_ptr()
     assert saved["strided"].stride() == model.strided.stride()
@@ -130,7 +130,7 @@ def test_a_restored_run_goes_on_to_the_same_digits(store, name):
     model, optimizer, scheduler = build()
     run(model, optimizer, scheduler, 5)
     saver = obs.Saver(store, [optimizer], warn=pytest.fail)
-    saver.save(5, obs.capture([model], [optimizer], [scheduler]), {}, wait=True)
+    saver.save(5, obs.capture([model], [optimizer], [scheduler]), {}, wait=60)
     expected = run(model, optimizer, scheduler, 5)
     again = build()
     rng = obs.restore(store.path(5), *([thing] for thing in again))
@@ -141,12 +141,12 @@ def test_a_restored_run_goes_on_to_the_same_digits(store, name):
 def test_saving_draws_no_random_number_and_changes_no_state(store):
     model = Tied()
     before = bits([obs.capture([model]), random.getstate()])
-    obs.Saver(store, warn=pytest.fail).save(1, obs.capture([model]), {}, wait=True)
+    obs.Saver(store, warn=pytest.fail).save(1, obs.capture([model]), {}, wait=60)
     assert bits([obs.capture([model]), random.getstate()]) == before
 
 
 def test_a_different_model_is_named_before_anything_changes(store):
-    obs.Saver(store).save(1, obs.capture([nn.Linear(3, 4)]), {}, wait=True)
+    obs.Saver(store).save(1, obs.capture([nn.Linear(3, 4)]), {}, wait=60)
     other = nn.ModuleDict({"weight": nn.Linear(1, 1)})
     with pytest.raises(obs.CheckpointError, match=r"missing: weight\.bias.*unexpected: bias"):
         obs.restore(store.path(1), [other])
@@ -160,7 +160,7 @@ def test_a_different_model_is_named_before_anything_changes(store):
 def test_several_models_and_optimizers_come_back(store):
     models = [nn.Linear(2, 3), nn.Linear(4, 5)]
     optimizers = [torch.optim.Adam(m.parameters(), lr=0.1 + i) for i, m in enumerate(models)]
-    obs.Saver(store).save(1, obs.capture(models, optimizers), {}, wait=True)
+    obs.Saver(store).save(1, obs.capture(models, optimizers), {}, wait=60)
     twins = [nn.Linear(2, 3), nn.Linear(4, 5)]
     others = [torch.optim.Adam(m.parameters()) for m in twins]
     obs.restore(store.path(1), twins, others)
@@ -246,26 +246,26 @@ def test_a_save_that_comes_too_early_is_skipped_and_counted_and_a_final_one_wait
     assert saver.skipped == 1
     assert not saver.wait(0.01)
     threading.Timer(0.1, gate.set).start()
-    assert saver.save(3, parts, {}, wait=True)
+    assert saver.save(3, parts, {}, wait=60)
     assert saved == [store.path(1), store.path(3)]
-    assert not saver.save(3, parts, {}, wait=True)  # already there
+    assert not saver.save(3, parts, {}, wait=60)  # already there
 
 
 def test_a_state_that_cannot_be_saved_is_a_warning_not_an_exception(store):
     said: list[str] = []
     saver = obs.Saver(store, warn=said.append)
-    assert saver.save(1, obs.capture([nn.Linear(2, 2)]), {}, wait=True)
-    saver.save(2, {"model.pth": {"hook": threading.Lock()}}, {}, wait=True)
+    assert saver.save(1, obs.capture([nn.Linear(2, 2)]), {}, wait=60)
+    saver.save(2, {"model.pth": {"hook": threading.Lock()}}, {}, wait=60)
     assert saver.failed == 1
     assert "step 2 was not saved" in said[0]
     assert obs.latest_ckpt(store.directory) == store.path(1)
-    assert saver.save(2, obs.capture([nn.Linear(2, 2)]), {}, wait=True)
+    assert saver.save(2, obs.capture([nn.Linear(2, 2)]), {}, wait=60)
 
 
 def test_a_state_that_would_not_load_as_data_is_not_called_saved(store):
     said: list[str] = []
     saver = obs.Saver(store, warn=said.append)
-    saver.save(1, {"model.pth": {"path": Path("x")}}, {}, wait=True)
+    saver.save(1, {"model.pth": {"path": Path("x")}}, {}, wait=60)
     assert "PosixPath" in said[0]
     assert steps(store) == []
 
@@ -274,7 +274,7 @@ def test_the_state_may_change_its_tensors_between_saves(store):
     saver = obs.Saver(store, warn=pytest.fail)
     for step, width in enumerate((4, 4, 900, 3), start=1):
         state = {"w": torch.randn(width, width), "small": torch.ones(step)}
-        assert saver.save(step, {"model.pth": state}, {}, wait=True)
+        assert saver.save(step, {"model.pth": state}, {}, wait=60)
         saved = torch.load(store.path(step) / "model.pth", weights_only=True)
         assert bits(saved) == bits(state)
 
@@ -294,7 +294,7 @@ def test_the_store_works_without_torch(store):
 def test_a_step_directory_lists_what_the_runbook_says(store):
     model = nn.Linear(2, 2)
     saver = obs.Saver(store, warn=pytest.fail)
-    saver.save(12, {**obs.capture([model]), "run_manifest.json": b"{}"}, {}, wait=True)
+    saver.save(12, {**obs.capture([model]), "run_manifest.json": b"{}"}, {}, wait=60)
     assert store.path(12).name == "step_00000012"
     names = {"model.pth", "optimizer.pt", "rng_state.pt", "state.json", "run_manifest.json"}
     assert {path.name for path in store.path(12).iterdir()} == names
@@ -302,7 +302,7 @@ def test_a_step_directory_lists_what_the_runbook_says(store):
 
 def test_the_weights_alone_are_published_whole(store, tmp_path):
     model = nn.Linear(2, 2)
-    obs.Saver(store, warn=pytest.fail).save(1, obs.capture([model]), {}, wait=True)
+    obs.Saver(store, warn=pytest.fail).save(1, obs.capture([model]), {}, wait=60)
     target = tmp_path / "out" / "pretrain_512.pth"
     for _ in range(2):  # over an older one as well
         obs.publish_weights(store.path(1), target)

@@ -72,7 +72,7 @@ def test_every_damage_to_every_file_is_found_and_the_older_one_taken(tmp_path, n
     saver = obs.Saver(store, [optimizer], warn=pytest.fail)
     for step in (1, 2):
         parts = {**obs.capture([model], [optimizer]), "run_manifest.json": b"{}"}
-        saver.save(step, parts, {"epoch": 1}, wait=True)
+        saver.save(step, parts, {"epoch": 1}, wait=60)
     original = (store.path(2) / name).read_bytes()
     for damaged in damages(original):
         (store.path(2) / name).write_bytes(damaged)
@@ -202,7 +202,7 @@ def test_a_disk_that_fills_up_costs_the_save_and_nothing_else(tmp_path):
     with mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=3500k", "tmpfs") as disk:
         saver, said, parts = saver_at(disk / "run")
         for step in (1, 2, 3, 4, 5):
-            saver.save(step, parts, {}, wait=True)
+            saver.save(step, parts, {}, wait=60)
         assert saver.failed == len(said) == 2
         assert "No space left" in said[0]
         assert newest_step(disk / "run") == 3
@@ -212,13 +212,13 @@ def test_a_disk_that_fills_up_costs_the_save_and_nothing_else(tmp_path):
 def test_a_disk_that_turns_read_only_costs_the_save_and_nothing_else(tmp_path):
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=9m", "tmpfs") as disk:
         saver, said, parts = saver_at(disk / "run")
-        saver.save(1, parts, {}, wait=True)
+        saver.save(1, parts, {}, wait=60)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        saver.save(2, parts, {}, wait=True)
+        saver.save(2, parts, {}, wait=60)
         assert "Read-only" in said[0]
         assert newest_step(disk / "run") == 1
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-        assert saver.save(2, parts, {}, wait=True)
+        assert saver.save(2, parts, {}, wait=60)
         assert newest_step(disk / "run") == 2
 
 
