@@ -484,7 +484,7 @@ class Run:
         """End as the script would have, now that the step is saved."""
         number = keeper.signal
         keeper.wait()
-        if number is not None and keeper.kills(number):
+        if keeper.kills():
             self._finish(f"signal {number}", {})
         keeper.let_go(number)
 
@@ -780,21 +780,18 @@ _ARGUMENTS = {"resume", "ckpt_dir", "keep_last_checkpoints", "save_interval"}  #
 
 def add_arguments(parser: Any) -> None:
     """Give an argparse parser --resume, --ckpt_dir, --keep_last_checkpoints, --save_interval."""
-    import argparse
+    def add(option: str, setting: str, text: str, kind: type = str, **more: Any) -> None:
+        def argument(said: str) -> Any:
+            _from_arguments[setting] = kind(said)
+            return _from_arguments[setting]
 
-    class Remember(argparse.Action):
-        def __call__(self, _: Any, namespace: Any, values: Any, option: str | None = None) -> None:
-            setattr(namespace, self.dest, values)
-            _from_arguments[self.metavar.lower()] = values  # type: ignore[union-attr]
-
-    def add(option: str, setting: str, text: str, **more: Any) -> None:
         if option not in parser._option_string_actions:  # else the script has its own
-            parser.add_argument(option, action=Remember, metavar=setting.upper(), help=text, **more)
+            parser.add_argument(option, type=argument, metavar=setting.upper(), help=text, **more)
 
     add("--resume", "resume", "auto, never, or a run's or a checkpoint's directory",
         nargs="?", const="auto")  # fmt: skip
     add("--ckpt_dir", "ckpt_dir", "where checkpoints lie")
-    add("--keep_last_checkpoints", "keep_last", "how many are kept", type=int)
+    add("--keep_last_checkpoints", "keep_last", "how many are kept", int)
     add("--save_interval", "save_interval", "optimizer steps between two, or auto")
 
 
@@ -1185,8 +1182,6 @@ class Keeper:
         self._origin: Path | None = None
         self._start_rng: Any = None  # the generators before the loop over batches
         self._place: _Place | None = None  # that a resumed run has yet to come to
-        self._put_back: Any = None  # the generators after the last batch that is passed
-        self._left = 0  # batches to pass
         self._broke = False  # the loop, after the step that was last
         self._leave = False  # the loop, in a resumed run
 
@@ -1286,12 +1281,10 @@ class Keeper:
         with contextlib.suppress(TypeError):  # some have no length
             if saved["loader"] and len(loaders[0]) == batches:
                 saved = {**saved, "start": saved}
-        place = _Place(epoch, batches, 0 if saved["loader"] else batches, whole, state["broke"],
-                       saved)  # fmt: skip
+        passed = batches if saved["loader"] else 0
+        self._place = _Place(epoch, batches, passed, whole, state["broke"], saved)
         if epoch is None:
-            self._enter(place)
-        else:
-            self._place = place
+            self._enter(self._place)
         self._kept = saved["carry"]
 
     def locals(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -1311,11 +1304,9 @@ class Keeper:
     def skip_epoch(self, epoch: int) -> bool:
         """Whether a resumed run has done all of this epoch already."""
         place = self._place
-        if place is not None and epoch < place.epoch:
-            return True
-        self._place = self._put_back = None
-        if place is not None and epoch == place.epoch:
-            return self._enter(place)
+        if place is not None and place.epoch is not None and epoch <= place.epoch:
+            return epoch < place.epoch or self._enter(place)
+        self._place = None
         self._epoch, self._batches, self._between = epoch, 0, True
         self._start_rng = rng_state() if "torch" in sys.modules else None
         return False
@@ -1324,29 +1315,28 @@ class Keeper:
         self._epoch, self._between = place.epoch, True
         self._broke = self._leave = place.broke
         if place.whole:
+            self._place = None
             self._restore_rng(place.rng)
         else:
             self._restore_rng(place.rng["start"])
-            self._start_rng, self._put_back = rng_state(), place.rng
-            self._left, self._batches = place.left, place.batches - place.left
+            self._start_rng, self._batches = rng_state(), place.passed
         return place.whole
 
     def skip_batch(self) -> bool:
         """Whether a resumed run has done this batch already."""
         self._batches, self._between = self._batches + 1, False
-        if self._put_back is None:
+        if (place := self._place) is None or place.epoch != self._epoch:
             return False
-        self._left -= 1
-        if self._left <= 0:  # the last to be passed, or a loader that came back to its place
-            self._restore_rng(self._put_back)
-            self._put_back = None
-        return self._left >= 0
+        if self._batches >= place.batches:  # the last to pass, or a loader back at its place
+            self._place = None
+            self._restore_rng(place.rng)
+        return self._batches <= place.batches
 
     def ended(self) -> bool:
         """Whether a resumed run left the loop after this batch; it is the last one to be passed."""
-        if not self._leave or (self._put_back is not None and self._left > 1):
+        if not self._leave or (self._place and self._batches + 1 < self._place.batches):
             return False
-        if self._put_back is not None:
+        if self._place is not None:
             self.skip_batch()
         self._leave = False
         return True
@@ -1375,8 +1365,8 @@ class Keeper:
         """Whether a signal has waited too long for the end of a step."""
         return self.signal is not None and now - self._signal_at > self.PATIENCE
 
-    def kills(self, number: int) -> bool:
-        return not callable(self._previous.get(number))
+    def kills(self) -> bool:
+        return not callable(self._previous.get(self.signal or 0))
 
     def let_go(self, number: int | None) -> None:
         """Give the signals back, and this one to whom it was for."""
@@ -1487,7 +1477,7 @@ class _Place(NamedTuple):
 
     epoch: Any
     batches: int
-    left: int  # of the batches, to be passed
+    passed: int  # of the batches, by the loader itself
     whole: bool  # nothing of the epoch is left to do
     broke: bool  # the loop was left here
     rng: dict[str, Any]  # the generators at the checkpoint; under "start", those before the loop
@@ -2717,9 +2707,8 @@ def repair(run_dir: Path) -> int:
     last = _shards(run_dir)[-1]
     os.truncate(last, last.read_bytes().rfind(b"\n") + 1)
     left = Ring.left_behind(run_dir / "metrics.ring", written)
-    fd = _append_to(last)
-    _write_all(fd, "".join([record.line() for record in left]).encode())
-    os.close(fd)
+    with last.open("a", encoding="utf-8") as file:
+        file.writelines(record.line() for record in left)
     (run_dir / "metrics.ring").unlink(missing_ok=True)
     return left[-1].seq if left else written
 
