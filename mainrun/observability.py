@@ -58,7 +58,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 try:
@@ -524,8 +523,8 @@ class Run:
         if not tags and (known := self._forms.get(key)):
             return known
         everything = {"phase": phase, "rank": self._rank, **tags}
-        form = _Form(json.dumps([everything, *map(str, metrics)]).encode())
-        if not tags and len(self._forms) < 1000:  # a script may make up names without end
+        form = _form_of(json.dumps([everything, *map(str, metrics)]).encode())
+        if not tags and len(self._forms) < 1000:
             self._forms[key] = form
         return form
 
@@ -850,10 +849,10 @@ class _Form:
         tags = json.dumps(self.tags).replace("%", "%%")
         self.line = f'{{"schema":{SCHEMA},"seq":%d,"time":%.6f,"step":%d,'
         self.line += f'"metrics":{{{metrics}}},"tags":{tags}}}\n'
+        self.event = functools.cache(functools.partial(_EventForm, self.names))  # by step's bytes
 
-    @functools.cache  # noqa: B019, forms are few and live as long as the run
-    def event(self, step_bytes: int) -> _EventForm:
-        return _EventForm(self.names, step_bytes)
+
+_form_of = functools.lru_cache(1000)(_Form)  # a script may make up names without end
 
 
 class Ring:
@@ -866,7 +865,6 @@ class Ring:
 
     def __init__(self, path: Path | None) -> None:
         self._fd = -1
-        self._forms: dict[bytes, _Form] = {}
         if path is None:  # no place for a file: a plain queue
             self.memory = mmap.mmap(-1, self.SLOT * self.SLOTS)
             return
@@ -878,7 +876,7 @@ class Ring:
         self.memory = mmap.mmap(self._fd, self.SLOT * self.SLOTS, mmap.MAP_SHARED | populate)
 
     def get(self, seq: int) -> Record | None:
-        return _unpack(self.memory, seq % self.SLOTS * self.SLOT, self._forms)
+        return _unpack(self.memory, seq % self.SLOTS * self.SLOT)
 
     def close(self) -> None:
         self.memory.close()
@@ -889,18 +887,18 @@ class Ring:
     def left_behind(cls, path: Path, after: int) -> list[Record]:
         """The whole records numbered above `after` in a dead or a living run's ring."""
         content = path.read_bytes() if path.exists() else b""
-        found = [_unpack(content, at, {}) for at in range(0, len(content), cls.SLOT)]
+        found = [_unpack(content, at) for at in range(0, len(content), cls.SLOT)]
         whole = [record for record in found if record is not None and record.seq > after]
         return sorted(whole, key=operator.attrgetter("seq"))
 
 
-def _unpack(memory: Any, at: int, forms: dict[bytes, _Form]) -> Record | None:
+def _unpack(memory: Any, at: int) -> Record | None:
     """The record in the slot that begins at `at`; None where there is none, or a torn one."""
     size, seq, wall, step, blob_size = _HEAD.unpack_from(memory, at)
     if not _HEAD.size <= size <= Ring.SLOT or seq != _TAIL.unpack_from(memory, at + size - 8)[0]:
         return None
     blob = bytes(memory[at + _HEAD.size : at + _HEAD.size + blob_size])
-    form = forms.get(blob) or forms.setdefault(blob, _Form(blob))
+    form = _form_of(blob)
     return Record(form, seq, wall, step, form.slot.unpack_from(memory, at)[6:-1])
 
 
@@ -1856,10 +1854,10 @@ def restore(
     rng: dict[str, Any] = load_file(path, "rng_state.pt")
     pairs = [(models, weights), (optimizers, rest["optimizer"]),
              (schedulers, rest["scheduler"]), (scalers, rest["scaler"])]  # fmt: skip
-    if [len(things) for things, _ in pairs] != [len(states) for _, states in pairs]:
-        raise CheckpointError(
-            f"{path} has {[len(states) for _, states in pairs]} models, optimizers, schedulers and "
-            f"scalers, watch() was given {[len(things) for things, _ in pairs]}; watch the same")
+    here, there = ([len(each) for each in side] for side in zip(*pairs, strict=True))
+    if here != there:
+        raise CheckpointError(f"{path} has {there} models, optimizers, schedulers and scalers, "
+                              f"watch() was given {here}; watch the same")  # fmt: skip
     for model, state in zip(models, weights, strict=True):
         _check_names(model.state_dict(), state, path)
     for things, states in pairs:
@@ -1985,7 +1983,7 @@ class Saver:
     def prepare(self, parts: Mapping[str, Any]) -> None:
         """Reserve the memory for this state in the background: up to seconds for 4 GB on a GPU."""
         if not self.busy():
-            tensors = _snapshot(parts)[1]
+            tensors = _snapshot(parts, {})[1]
             self._start(lambda: self._fit(tensors), "cannot reserve memory for checkpoints")
 
     def save(
@@ -2233,7 +2231,7 @@ def _copy_memory(pieces: Sequence[tuple[int, int, int]], workers: int) -> None:
 
 
 def _snapshot(
-    parts: Mapping[str, Any], known: Mapping[int, Any] = MappingProxyType({})
+    parts: Mapping[str, Any], known: Mapping[int, Any]
 ) -> tuple[dict[str, Any], list[Any]]:
     """A copy of the parts, and those tensors in it that are still the live ones.
 
@@ -2732,10 +2730,8 @@ def rebuild(run_dir: Path) -> Path:
     for old in directory.glob("events.out.tfevents.*.obs"):
         old.unlink()  # first: the new file may get the name of an old one
     sink = TensorBoard(directory)
-    forms: dict[bytes, _Form] = {}
     for record in records:
-        blob = json.dumps([record["tags"], *record["metrics"]]).encode()
-        form = forms.get(blob) or forms.setdefault(blob, _Form(blob))
+        form = _form_of(json.dumps([record["tags"], *record["metrics"]]).encode())
         values = [float(value) for value in record["metrics"].values()]
         sink.write([Record(form, record["seq"], record["time"], record["step"], values)])
     sink.close()
