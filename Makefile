@@ -46,8 +46,10 @@ faults: $(STAMP) ## kill a small run 320 times, then starve and damage its check
 lint: $(STAMP) ## ruff, and mypy --strict on what users copy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/mypy
 
-bench: $(BENCH)/.stamp ## measure step() beside its peers, which get a .venv of their own
+bench: $(BENCH)/.stamp ## measure step(), save and run beside their peers, which get a .venv of their own
 	@$(BENCH)/bin/python tests/bench/bench_step.py
+	@OMP_NUM_THREADS=1 $(BENCH)/bin/python tests/bench/bench_save.py
+	@$(BENCH)/bin/python tests/bench/bench_run.py
 
 clean: ## remove the runs and the caches; keep .venv
 	rm -rf mainrun/out mainrun/logs .pytest_cache .mypy_cache .ruff_cache .hypothesis
