@@ -443,14 +443,13 @@ class Run:
 
     def _facts(self, step: int) -> Callable[[], dict[str, Any]]:
         """For state.json: what the run knows now, and what its records say when it is written."""
-        now = {"tokens": self._tokens, "records": self._seq, "time": time.time()}
+        now = {"tokens": self._tokens, "records": self._seq, "time": time.time(),
+               "hyperparameters": self._manifest["hyperparameters"]}  # fmt: skip
 
         def facts() -> dict[str, Any]:
             self._land()
             self.drain()
-            known = {**now, **self._curve.facts(step)}
-            known["hyperparameters"] = self._manifest["hyperparameters"]
-            return {name: _plain(fact) for name, fact in known.items()}
+            return dict(_plain({**now, **self._curve.facts(step)}))
 
         return facts
 
@@ -2529,14 +2528,14 @@ class Onlooker:
         torch = _torch()
         optim.register_optimizer_step_pre_hook(_fenced(self._before_step))
         optim.register_optimizer_step_post_hook(_fenced(self._after_step))
-        _call_after(torch.autograd, "backward", _fenced(self._note_loss))
+        _wrap(torch.autograd, "backward", before=_fenced(self._note_loss))
         scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)
-        _call_after(scaler, "scale", _fenced(self._note_scaled))
+        _wrap(scaler, "scale", after=_fenced(self._note_scaled))
 
     def _note_scaled(self, result: Any, _: Any, outputs: Any) -> None:
         self._scaled = (result, outputs)
 
-    def _note_loss(self, _: None, tensors: Any, *__: Any, **___: Any) -> None:
+    def _note_loss(self, tensors: Any, *_: Any, **__: Any) -> None:
         scaled, self._scaled = self._scaled, None
         if scaled is not None and scaled[0] is tensors:
             tensors = scaled[1]
@@ -2595,13 +2594,17 @@ class Onlooker:
                 "evaluations are not seen, and no run can be resumed")  # fmt: skip
 
 
-def _call_after(owner: Any, name: str, note: Callable[..., Any]) -> None:
+def _wrap(
+    owner: Any, name: str, *, before: Callable[..., Any] = lambda *_, **__: None,
+    after: Callable[..., Any] = lambda *_, **__: None,
+) -> None:  # fmt: skip
     original = getattr(owner, name)
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
+        before(*args, **kwargs)
         result = original(*args, **kwargs)
-        note(result, *args, **kwargs)
+        after(result, *args, **kwargs)
         return result
 
     setattr(owner, name, call)
@@ -2622,7 +2625,7 @@ class _WhenImported:
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            _call_after(spec.loader, "exec_module", lambda *_: _fenced(self._then)())
+            _wrap(spec.loader, "exec_module", after=lambda *_: _fenced(self._then)())
         return spec
 
 
@@ -2683,15 +2686,18 @@ def _journal(run_dir: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
         torn = not line.endswith(b"\n")
         try:
             record = json.loads(b"" if torn else line)
-            newer = record["schema"] > SCHEMA
+            if record["schema"] > SCHEMA:
+                raise RunError(f"{run_dir} has schema {record['schema']}, this file knows up to "
+                               f"{SCHEMA}; use the observability.py that wrote it")  # fmt: skip
+            _FIELDS(record)
         except (ValueError, TypeError, KeyError):
             if not (torn and ring.exists()):  # else a kill's, and the ring has the record
                 damage.append(f"{path}, line {number}: no whole record")
             continue
-        if newer:
-            raise RunError(f"{run_dir} has schema {record['schema']}, this file knows up to "
-                           f"{SCHEMA}; use the observability.py that wrote it")  # fmt: skip
         yield record
+
+
+_FIELDS = operator.itemgetter("seq", "time", "step", "metrics", "tags")
 
 
 def repair(run_dir: Path) -> int:

@@ -96,6 +96,21 @@ for step in range(3):
         print(loss.item())
 """
 
+WITHIN_BACKWARD = """
+import torch
+torch.manual_seed(0)
+weight = torch.nn.Parameter(torch.randn(4))
+optimizer = torch.optim.SGD([weight], lr=0.1)
+def update(parameter):
+    optimizer.step()
+    optimizer.zero_grad()
+weight.register_post_accumulate_grad_hook(update)
+for step in range(3):
+    loss = (torch.randn(8, 4) @ weight).square().mean()
+    loss.backward()
+    print(loss.item())
+"""
+
 
 def run(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     (folder / "train.py").write_text(script)
@@ -128,8 +143,8 @@ def test_an_untouched_script_is_recorded_and_computes_the_same(tmp_path):
     assert (results["status"], results["steps"]) == ("completed", 6)
 
 
-@pytest.mark.parametrize("script", [SCALED, ACCUMULATED, CLOSURE],
-                         ids=["scaled", "accumulated", "closure"])  # fmt: skip
+@pytest.mark.parametrize("script", [SCALED, ACCUMULATED, CLOSURE, WITHIN_BACKWARD],
+                         ids=["scaled", "accumulated", "closure", "within backward"])  # fmt: skip
 def test_the_loss_is_that_of_the_step_however_it_is_made(tmp_path, script):
     done = run(tmp_path, script)
     seen = [each["loss/train"] for each in metrics(tmp_path)]

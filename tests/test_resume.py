@@ -673,6 +673,18 @@ def test_verify_finds_a_flipped_bit(opened, tmp_path, name):
     assert str(file.name) in done.stdout
 
 
+def test_verify_finds_a_bit_that_flips_in_the_keys_of_a_record(opened, tmp_path):
+    obs.finish()
+    journal = tmp_path / "out/run/metrics.ndjson"
+    whole = journal.read_bytes()
+    last = whole.rindex(b"\n", 0, -1) + 1
+    for key in (b"schema", b"seq", b"time", b"step", b"metrics", b"tags"):
+        data = bytearray(whole)
+        data[whole.index(key, last)] ^= 1
+        journal.write_bytes(data)
+        assert "no whole record" in obs.verify(tmp_path / "out/run")["damage"][-1]
+
+
 def test_verify_of_no_run_cannot_answer(tmp_path):
     assert verify(tmp_path).returncode == 2
     shutil.rmtree(tmp_path)
