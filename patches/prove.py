@@ -59,6 +59,7 @@ class Options:
     args: Sequence[str] = ()
     patched: Path | None = None
     root: Path | None = None
+    start: Path | None = None
     link: Sequence[Path] = ()
     seed: int = 0
     steps: int | None = None
@@ -265,6 +266,8 @@ class Bench:
         try:
             given = options.script.read_bytes()
             self.script = work / "copy" / options.script.resolve().relative_to(self.root)
+            start = (options.start or self.root).resolve().relative_to(self.root)
+            self.start = work / "copy" / start
             self.original = b"".join(line for line in given.splitlines(True) if not marked(line))
             self.patched = options.patched.read_bytes() if options.patched else given
         except (OSError, ValueError) as error:
@@ -303,7 +306,7 @@ class Bench:
         self._count += 1
         tell(f"run {self._count}: {name}")
         options, result = self.options, self.work / f"{self._count}.jsonl"
-        job = Job(str(self.script), str(self.work / "copy"), list(options.args), str(result),
+        job = Job(str(self.script), str(self.start), list(options.args), str(result),
                   str(result.with_suffix(".log")), options.seed, options.steps, **more)  # fmt: skip
         code = self._run(job)
         output = Path(job.log).read_text("utf-8", "replace").replace(f"{job.root}{os.sep}", "")
@@ -380,6 +383,7 @@ def _parser() -> argparse.ArgumentParser:
     add("script", type=Path, metavar="TRAIN.PY", help="the training script; its ARGS follow --")
     add("--patched", type=Path, metavar="FILE", help="the patched script, in place of autopatch's")
     add("--root", type=Path, help="folder to copy and to start in; by default the script's")
+    add("--start", type=Path, metavar="DIR", help="folder within it to start in instead")
     add("--link", type=Path, action="append", default=[], metavar="PATH",
         help="large data in it: only read, and so linked and not copied")  # fmt: skip
     add("--seed", type=int, default=0, help="of python, numpy and torch, before the script's own")

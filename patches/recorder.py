@@ -108,7 +108,7 @@ class Recorder:
         self.file = os.open(job.record, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.library = os.path.dirname(torch.__file__) + os.sep
         self.steps = self.noted = 0
-        self.resumed = False
+        self.resumed: Any = None  # the drop-in's run, once it goes on from a checkpoint
         # Held to the end: what a function made is gone when it returns.
         self.optimizers: list[Any] = []
         self.modules: dict[int, Any] = {}
@@ -123,7 +123,7 @@ class Recorder:
 
     def note(self, kind: str, bits: str = "", value: float | None = None, place: str = "",
              *, step: int | None = None) -> None:  # fmt: skip
-        if os.getpid() != self.pid:  # a forked worker
+        if os.getpid() != self.pid or self.passes_over():  # a forked worker
             return
         now = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
         at = self.steps if step is None else step
@@ -216,7 +216,12 @@ class Recorder:
     def after_resume(self, run: Any) -> None:
         self.steps = self.job.steps_at.get(str(run.global_step), 0)
         self.note("resume", str(run.global_step))
-        self.noted = 0
+        self.noted, self.resumed = 0, run
+
+    def passes_over(self) -> bool:
+        """Whether a resumed run is on its way back: what it reads there was read before."""
+        keeper = self.resumed and self.resumed._keeper
+        return bool(keeper) and keeper._place is not None
 
     def end(self) -> None:
         """All that the run has come to."""

@@ -165,6 +165,15 @@ def test_three_kills_lead_to_the_same_end(script):
     assert [run["killed_at"] is None for run in resume["runs"]] == [False] * 3 + [True]
 
 
+def test_what_a_loader_reads_on_the_way_back_is_not_compared(script):
+    loop = ("draws = (torch.rand(1).item() for _ in range(10))\nfor draw in draws:\n"
+            "    if obs.skip_batch(): continue  # observability")  # fmt: skip
+    edit(script, ("while step < 10:", loop), (".pow(2).mean()", ".pow(2).mean() * draw"))
+    report = prove_script(script, kill=2, pairs=1)
+    assert (report["verdict"], report["resume"]["verdict"]) == ("identical", "identical")
+    assert report["counts"]["value"] == 10
+
+
 def test_kills_find_what_is_not_carried(script):
     edit(script, ("start, step = obs.resume(start=start, ", "step = obs.resume("),
          ('{"start": start, ', "{"))  # fmt: skip
@@ -199,6 +208,14 @@ def test_another_patch_can_be_given_and_status_1_says_that_it_differs(script):
     mine.write_text(SCRIPT.replace("obs.init(", "torch.rand(1); obs.init("))
     done = run_tool(script, "--patched", mine, "--steps", 1, "--pairs", 1)
     assert (done.returncode, "first difference: step 1" in done.stdout) == (1, True)
+
+
+def test_a_script_may_start_in_a_folder_of_its_project(script):
+    script.parent.with_name("data.txt").write_text("3")
+    edit(script, ("data = torch.randn(40, 4)",
+                  "data = torch.randn(40, 4) * float(open('../data.txt').read())"))  # fmt: skip
+    options = {"root": script.parent.parent, "start": script.parent, "steps": 2, "pairs": 1}
+    assert prove_script(script, **options)["verdict"] == "identical"
 
 
 def test_a_script_that_fails_by_itself_has_no_verdict(script):
