@@ -47,8 +47,8 @@ PARTS = ("log", "validation", "resume")
 KINDS = {"import": "log", "init": "log", "watch": "log", "skip": "resume", "resume": "resume",
          "validation": "validation", "step": "log", "finish": "log"}
 OURS = re.compile(
-    r"\s*(?:import observability\b|(?:if .*: |[\w.,\s]+ = )?(?:obs|observability)\.\w+\(|"
-    r"if (?:obs|observability)\.skip_\w+\()")
+    r"\s*(?:(?:from [\w.]+ )?import observability\b|"
+    r"(?:(?:if|for) .*|[\w.,\s]+ = )?\b(?:obs|observability)\.\w+\()")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Scope = ast.Module | ast.FunctionDef | ast.AsyncFunctionDef
