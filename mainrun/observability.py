@@ -566,6 +566,13 @@ class Run:
             time.sleep(0.0002)
         return True
 
+    def _sample(self) -> None:
+        self._record("system", self.global_step, system_metrics())
+        # Asked at init, the name of the device would start CUDA before the script does.
+        if "torch" in sys.modules and (device := numerics()["device"]) != self._manifest.get("device"):
+            self._manifest["device"] = device
+            self._save_json("run_manifest.json", self._manifest)
+
     def _keep_draining(self) -> None:
         sample_at, plot_at = 0.0, time.monotonic() + self.settings.plot_interval
         while not self._stopping:
@@ -574,7 +581,7 @@ class Run:
             try:
                 if self.settings.system_interval > 0 and sample_at <= time.monotonic():
                     sample_at = time.monotonic() + self.settings.system_interval
-                    self._record("system", self.global_step, system_metrics())
+                    self._sample()
                 if self._keeper is not None and self._keeper.overdue(time.monotonic()):
                     os.kill(os.getpid(), self._keeper.signal or 0)
                 self._land()
@@ -2344,10 +2351,8 @@ def manifest(commit: str | None) -> dict[str, Any]:
         "script_sha256": _sha256(script) if script.is_file() else None,
         "command_line": _redacted(sys.argv),
     }
-    if torch := sys.modules.get("torch"):
+    if "torch" in sys.modules:
         facts |= numerics()
-        if torch.cuda.is_available():  # though nothing may be on it yet
-            facts["device"] = torch.cuda.get_device_name()
     return {name: _plain(value) for name, value in facts.items() if value is not None}
 
 

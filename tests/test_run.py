@@ -594,3 +594,27 @@ def test_a_closed_stderr_does_no_harm(tmp_path):
     done = subprocess.run(command, shell=True, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(MAINRUN)})  # fmt: skip
     assert done.stdout == "done\n"
+
+
+def test_the_manifest_names_the_device_once_the_script_is_on_it(open_run, run_dir):
+    """And not before: the name of a device cannot be asked without starting CUDA."""
+    open_run(system_interval=0.05, drain_interval=0.05)
+    started = read_json(run_dir / "run_manifest.json")
+    assert started["device"] == obs.numerics()["device"]
+    obs._run._manifest["device"] = "another"  # as before the script came to its device
+    until = time.monotonic() + 30
+    while obs._run._manifest["device"] == "another":
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    obs.finish()
+    assert read_json(run_dir / "run_manifest.json") == started
+
+
+@cuda
+def test_opening_a_run_does_not_start_cuda(tmp_path):
+    script = (f"import sys, time; sys.path.insert(0, {str(MAINRUN)!r}); import torch\n"
+              "import observability as obs\n"
+              f"obs.init('run', out_dir={str(tmp_path)!r}, tb_dir={str(tmp_path)!r})\n"
+              "time.sleep(1); assert not torch.cuda.is_initialized(); obs.finish()")  # fmt: skip
+    done = python("-c", script)
+    assert done.returncode == 0, done.stderr
