@@ -569,8 +569,9 @@ class Run:
     def _sample(self) -> None:
         self._record("system", self.global_step, system_metrics())
         # Asked at init, the name of the device would start CUDA before the script does.
-        if "torch" in sys.modules and (device := numerics()["device"]) != self._manifest.get("device"):
-            self._manifest["device"] = device
+        known = numerics()["device"] if "torch" in sys.modules else None
+        if known != self._manifest.get("device"):
+            self._manifest["device"] = known
             self._save_json("run_manifest.json", self._manifest)
 
     def _keep_draining(self) -> None:

@@ -1858,7 +1858,7 @@ class Evaluations:
 
     def add(self) -> None:
         calls = [call for call in self.script.calls if self._evaluates(call)]
-        recorded = [self._call(call) for call in calls]
+        recorded = [self._call(call) for call in calls if self._open_at(call)]
         recorded.append(self._written_out() or self._phases())
         if any(recorded):
             self.out.parts["validation"] = "yes"
@@ -1873,6 +1873,16 @@ class Evaluations:
             return False
         return self._in_nest(call) or (
             scope is self.n.outer_scope and call.lineno > self.n.outer.lineno)
+
+    def _open_at(self, call: ast.Call) -> bool:
+        """In the block that `finish` ends, or in one within it."""
+        outer = self.script.parent[self.n.outer]
+        while isinstance(outer, (*WITHS, *LOOPS)):
+            outer = self.script.parent[outer]
+        if not self.script.inside(call, outer):
+            self.out.note(call, "this evaluation comes after the end of the run; not recorded")
+            return False
+        return True
 
     def _in_nest(self, node: ast.AST) -> bool:
         return any(self.script.inside(node, loop) for loop in self.n.nest.loops)

@@ -182,6 +182,17 @@ def test_evaluation_written_out_in_the_loop_is_known_by_its_name(name, recorded)
     assert (f"obs.validation({name})  # observability" in lines) is recorded
 
 
+@pytest.mark.parametrize(("indent", "recorded"), [("", False), ("    ", True)])
+def test_evaluation_behind_the_block_that_finish_ends_is_left_out_and_said(indent, recorded):
+    rows = LOOP.format(before="pass", after="pass").splitlines()
+    tried = ["try:", *(f"    {row}" for row in rows[3:]), "    pass", "except KeyboardInterrupt:",
+             "    pass"]  # fmt: skip
+    tried.insert(-2 if recorded else len(tried), f"{indent}test_loss = evaluate(w)")
+    result, found = patch("\n".join([*rows[:3], *tried, ""]).encode())
+    assert (b"obs.validation(test_loss)" in result) is recorded
+    assert any("after the end of the run" in note.text for note in found.notes) is not recorded
+
+
 @pytest.mark.parametrize(("second", "resume"), [("step % 2", "yes"), ("step % 3", "no")])
 def test_name_bound_and_read_under_the_same_test_is_not_carried(second, resume):
     source = SOURCES.format(make="None", first="pass", read="torch.zeros(1)") + (
