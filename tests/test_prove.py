@@ -140,7 +140,7 @@ NOISE = ".pow(2).mean() + 1e-3 * int.from_bytes(os.urandom(4), 'big') / 2**32\n"
 
 
 def test_a_script_that_differs_from_itself_is_said_to_and_by_how_far(script):
-    edit(script, (MEAN, NOISE), ("step < 10", "step < 40"))
+    edit(script, (MEAN, NOISE), ("step < 10", "step < 60"), ("randn(40,", "randn(240,"))
     report = prove_script(script, kill=1)
     assert report["verdict"] == "within own drift"
     assert report["own_difference"]["step"] == 1
