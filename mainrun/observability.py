@@ -1633,7 +1633,7 @@ class CheckpointStore:
                 self._remove(final)  # of a history that a resume from further back gave up
                 os.rename(staging, final)
                 _sync_dir(self.directory)
-        except BaseException:
+        except BaseException:  # the disk's errors, a stranger's state, an interrupt: all go on up
             shutil.rmtree(staging, ignore_errors=True)
             raise
         self._retain()
@@ -2644,7 +2644,7 @@ def run_script(script: Path, arguments: Sequence[str]) -> None:
     sys.meta_path.insert(0, _WhenImported("torch", onlooker.install))
     try:
         runpy.run_path(str(script), run_name="__main__")
-    except BaseException as error:
+    except BaseException as error:  # the script's: its end is noted, and goes on up
         ended = isinstance(error, SystemExit) and error.code in (None, 0)
         finish("completed" if ended else f"failed: {type(error).__name__}")
         raise

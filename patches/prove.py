@@ -34,7 +34,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from recorder import MARK, Entry, Job
+from recorder import MARK, UNREADABLE, Entry, Job
 
 __all__ = ["Options", "Unanswered", "main", "prove"]
 
@@ -106,6 +106,10 @@ class Recording:
     def check(self, script: Path) -> None:
         if self.code:
             raise Unanswered(f"{script} is not patched yet: {self.failure}")
+        for entry in self.entries:
+            if entry.bits.startswith(UNREADABLE):
+                raise Unanswered(f"{script} has a tensor that cannot be read, {entry.kind} "
+                                 f"{entry.place}: {entry.bits}")  # fmt: skip
         if not self.of("loss"):
             raise Unanswered(f"{script} back-propagated no loss in its own process; "
                              "a process that it starts is not watched")  # fmt: skip

@@ -89,7 +89,7 @@ def record(job: Job) -> int:
     except SystemExit as error:
         if error.code:
             raise
-    except BaseException as error:
+    except BaseException as error:  # the script's: it ends as in a Python of its own
         sys.last_value = error  # as Python does: who looks at it at exit knows that this failed
         own = error.__traceback__
         traceback.print_exception(type(error), error, own and own.tb_next)
@@ -254,14 +254,20 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, shortened(tree.tobytes())
 
 
+UNREADABLE = "unreadable"
+EMPTY = {"UninitializedParameter", "UninitializedBuffer", "FakeTensor"}  # of shapes alone
+
+
 def bits_of(tensor: Any) -> str:
     """Its exact bits, of more than a few their digest."""
+    if tensor.is_meta or type(tensor).__name__ in EMPTY:
+        return "without values"
     try:
         dense = tensor if str(tensor.layout) == "torch.strided" else tensor.to_dense()
         flat = dense.detach().cpu().resolve_conj().resolve_neg().contiguous()
         data = ctypes.string_at(flat.data_ptr(), flat.numel() * flat.element_size())
-    except (RuntimeError, NotImplementedError, AttributeError) as error:  # it has no storage
-        return f"unreadable: {type(error).__name__}"
+    except RuntimeError as error:  # torch's, of a tensor without memory: prove.py refuses
+        return f"{UNREADABLE}: {error}"
     return f"{str(flat.dtype).removeprefix('torch.')}:{shortened(data)}"
 
 

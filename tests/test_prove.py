@@ -224,6 +224,27 @@ def test_a_script_that_fails_by_itself_has_no_verdict(script):
     assert (done.returncode, "ZeroDivisionError" in done.stdout) == (2, True)
 
 
+def test_a_tensor_that_cannot_be_read_is_not_vouched_for(script):
+    bits = []
+
+    def peek(row):  # within vmap a tensor stands for many and has no memory
+        bits.append(recorder.bits_of(row))
+        return row
+
+    torch.vmap(peek)(torch.ones(2, 2))
+    entry = recorder.Entry(kind="loss", bits=bits[0], step=1)
+    with pytest.raises(prove.Unanswered, match="cannot be read, loss"):
+        prove.Recording(0, "", [entry], {}).check(script)
+
+
+def test_parameters_that_have_no_values_yet_are_no_hindrance(script):
+    empty = ("from torch._subclasses import FakeTensorMode\n"
+             "with FakeTensorMode(): fake = torch.nn.Linear(2, 2)\n"
+             "empty = [torch.nn.Linear(2, 2, device='meta'), torch.nn.LazyLinear(2)]\n")
+    edit(script, ("start = step = 0\n", f"start = step = 0\n{empty}"))
+    assert prove_script(script, pairs=1)["verdict"] == "identical"
+
+
 def test_a_patch_that_fails_differs(script):
     edit(script, ("obs.init(", "raise KeyError('mine'); obs.init("))
     report = prove_script(script)
