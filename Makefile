@@ -7,7 +7,7 @@ BENCH := tests/bench/.venv
 # One GPU trains the published recipe; a CPU one of the same shape, in about a minute.
 PRESET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo full || echo small)
 LOG ?= mainrun/logs/mainrun.log
-BASELINES := baseline.log $(wildcard tests/baseline_*.log)
+BASELINES := baseline.log $(wildcard tests/baselines/*.log)
 RUNS ?= $(wildcard mainrun/out/*)
 
 .DEFAULT_GOAL := help
@@ -28,7 +28,7 @@ parity: $(STAMP) ## compare the last training's validation losses with the basel
 	@$(PY) mainrun/observability.py parity $(LOG) $(BASELINES) || [ $$? -eq 2 ]
 
 pipeline: $(STAMP) ## train the example's four stages; run again, it goes on where it ended
-	@PYTHON=$(abspath $(PY)) mainrun/pipeline.sh
+	@PYTHON=$(abspath $(PY)) mainrun/pipeline/pipeline.sh
 
 tb: $(STAMP) ## show the curves: TensorBoard on this machine's loopback
 	@$(PY) mainrun/observability.py tb
@@ -40,8 +40,8 @@ test: $(STAMP) ## the test suite
 	@$(PY) -m pytest
 
 faults: $(STAMP) ## kill a small run 320 times, then starve and damage its checkpoints
-	@$(PY) tests/faults.py --kills 300 --chain 20
-	@$(PY) -m pytest tests/test_faults.py
+	@$(PY) tests/faults/campaign.py --kills 300 --chain 20
+	@$(PY) -m pytest tests/dropin/test_faults.py
 
 lint: $(STAMP) ## ruff, and mypy --strict on what users copy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/mypy

@@ -1,6 +1,6 @@
 """Kill a small training again and again: each time it must go on to the same last digit.
 
-    python tests/faults.py --kills 300 --chain 20 --seed 1
+    python tests/faults/campaign.py --kills 300 --chain 20 --seed 1
 
 Kills come at random instants. While fewer than half have hit a save, the next is aimed: it waits
 for a save's `.tmp-…` directory to have so many files. After each, `verify` must hold and nothing
@@ -26,7 +26,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "mainrun"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "mainrun"))
 import observability as obs
 
 FILES = ("model.pth", "optimizer.pt", "rng_state.pt", "run_manifest.json", "state.json")

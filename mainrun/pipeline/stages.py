@@ -5,7 +5,7 @@ sft       learns to answer what kind of title one is; the answer alone counts in
 dpo       prefers the right answer to a wrong one, beside the frozen weights that it began with
 r1        learns to write a teacher's reasoning before its answer; the tags weigh ten times
 
-pipeline.sh runs them in this order; `stages.py sft --init out/pretrain_64.pth` runs one.
+pipeline.sh runs them in this order; `stages.py sft --init mainrun/out/pretrain_64.pth` runs one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +25,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import observability as obs  # observability
 import titles
 from train import EOS, GPT, SMALL, Hyperparameters, train_tokenizer
 
-HERE = Path(__file__).resolve().parent
+MAINRUN = Path(__file__).resolve().parents[1]
 SIZES = replace(SMALL, batch_size=32, block_size=80, num_titles=3_000)
 RECIPES = {
     "pretrain": replace(SIZES, lr=3e-3, epochs=6),
@@ -84,14 +86,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train one stage of the example.")
     parser.add_argument("stage", choices=RECIPES)
     parser.add_argument("--init", help="weights to begin with; without it they are random")
-    parser.add_argument("--out", type=Path, help="directory of the run; default out/STAGE")
-    parser.add_argument("--tb", default=os.environ.get("TF_DIR") or HERE / "logs" / "tb")
+    parser.add_argument("--out", type=Path, help="directory of the run; default mainrun/out/STAGE")
+    parser.add_argument("--tb", default=os.environ.get("TF_DIR") or MAINRUN / "logs" / "tb")
     parser.add_argument("--hidden", type=int, default=64, help="width of the model")
     parser.add_argument("--titles", type=int, default=SIZES.num_titles)
     parser.add_argument("--epochs", type=int, help="default: the stage's own")
     obs.add_arguments(parser)  # observability
     args = parser.parse_args()
-    args.out = (args.out or HERE / "out" / args.stage).resolve()
+    args.out = (args.out or MAINRUN / "out" / args.stage).resolve()
     return args
 
 

@@ -19,12 +19,12 @@ from conftest import MAINRUN
 
 import observability as obs
 
-PIPELINE = MAINRUN / "pipeline.sh"
+PIPELINE = MAINRUN / "pipeline" / "pipeline.sh"
 STAGES = ["pretrain", "sft", "dpo", "r1"]
 # A stage that takes no time: it writes down that it ran and from what, and leaves its weights.
 SHORT = 'echo "$STAGE from $INIT_WEIGHTS" >> "$OUT_DIR/ran"; echo "$STAGE" > "$OBS_WEIGHTS"'
 # The example, small: 36 steps a stage.
-SMALL = f"""exec "$PYTHON" "{MAINRUN}/stages.py" "$STAGE" --out "$STAGE_OUT" --hidden 16 \
+SMALL = f"""exec "$PYTHON" "{PIPELINE.parent}/stages.py" "$STAGE" --out "$STAGE_OUT" --hidden 16 \
  --titles 300 --epochs 4 --init "$INIT_WEIGHTS" """
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parent / "bench"
+BENCH = Path(__file__).resolve().parents[1] / "bench"
 PEERS = ("empty", "ours", "SummaryWriter", "json")  # those that need nothing of the bench's own
 FIGURES = (
     "call_median_us", "call_p99_us", "call_mean_us", "train_median_us", "train_p99_us",

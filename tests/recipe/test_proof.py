@@ -189,7 +189,7 @@ def start_small_run(folder: Path, change: tuple[str, str] | None = None) -> subp
 
 
 def verdict(folder: Path) -> str:
-    baseline = obs.read_curve(ROOT / "tests/baseline_small.log")
+    baseline = obs.read_curve(ROOT / "tests/baselines/baseline_small.log")
     try:
         log = obs.read_curve(folder / "log")
     except obs.LogError:

@@ -125,7 +125,7 @@ def output_of(command):
 
 
 def test_make_train_is_quoted_with_the_verdict_that_parity_gives():
-    baseline = obs.read_curve(ROOT / "tests" / "baseline_small.log")
+    baseline = obs.read_curve(ROOT / "tests/baselines/baseline_small.log")
     log, end = "mainrun/logs/mainrun.log", max(baseline.points)
     own = obs.parity(baseline, baseline, 0, 0)
     assert form(f"{log} {obs._sentence(own)}")[0] in form(output_of("make train"))
@@ -142,7 +142,7 @@ def test_make_tb_is_quoted_as_it_is_printed():
                         r"\(pid \d+; Ctrl-C ends it\)", said)  # fmt: skip
 
 
-BASELINES = ["baseline.log", *(f"tests/{p.name}" for p in ROOT.glob("tests/baseline_*.log"))]
+BASELINES = ["baseline.log", *(f"tests/baselines/{p.name}" for p in ROOT.glob("tests/baselines/*"))]
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -158,7 +158,7 @@ def test_the_baselines_are_told_with_their_own_tolerances(name):
 
 
 def test_the_drift_is_told_as_the_baselines_have_it():
-    small = obs.read_curve(ROOT / "tests" / "baseline_small.log").about["drift"]
+    small = obs.read_curve(ROOT / "tests/baselines/baseline_small.log").about["drift"]
     assert f"the small one by at most {small['cuda']}" in README
     points = obs.read_curve(ROOT / "baseline.log").points
     assert f"{points[max(points)]:.4f} at the end" in README
@@ -166,7 +166,7 @@ def test_the_drift_is_told_as_the_baselines_have_it():
 
 @pytest.mark.parametrize("cells", table("What it promises")[1:], ids=lambda cells: cells[0])
 def test_every_promise_names_a_test_that_exists(cells):
-    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", cells[1])
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", cells[1])
     assert named
     for path, name in named:
         assert f"\ndef {name}(" in (ROOT / path).read_text(encoding="utf-8")

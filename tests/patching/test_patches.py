@@ -15,14 +15,15 @@ import observability
 
 FOLDER = ROOT / "patches"
 MARK = "  # observability"
-READY = sorted(path.stem for path in FOLDER.glob("*-*.patch"))
+READY = {path.stem: path for path in sorted((FOLDER / "ready").glob("*.patch"))}
+PATCHES = READY | {"mainrun": FOLDER / "mainrun.patch"}
 HEAD = (
     r"# from: (\S+/\S+) (\S+)\n# commit: ([0-9a-f]{40})\n# target: (\S+)\n"
     r"# sha256: ([0-9a-f]{64})\n# patched-sha256: ([0-9a-f]{64})\n--- a/\4\n\+\+\+ b/\4\n"
 )
 HUNK = re.compile(r"@@ -(\d+),0 \+(\d+)(?:,(\d+))? @@")
 TABLE = re.compile(
-    r"^\| \[(\S+)\.patch\]\(\1\.patch\) \| (\S+) (\S+) at `(\w+)` \| (\d+) \| (.+?) \|", re.M
+    r"^\| \[(\S+)\.patch\]\(ready/\1\.patch\) \| (\S+) (\S+) at `(\w+)` \| (\d+) \| (.+?) \|", re.M
 )
 
 SCRIPT = """import torch
@@ -38,7 +39,7 @@ for step in range(3):
 
 
 def read(name: str) -> str:
-    return (FOLDER / f"{name}.patch").read_text(encoding="utf-8")
+    return PATCHES[name].read_text(encoding="utf-8")
 
 
 def added(name: str) -> list[str]:
@@ -75,7 +76,7 @@ def test_its_hunks_come_in_order_and_count_their_lines(name):
         before, count = int(at), count + lines
 
 
-@pytest.mark.parametrize("name", [*READY, "mainrun"])
+@pytest.mark.parametrize("name", PATCHES)
 def test_each_added_line_is_known_as_ours_and_is_python_by_itself(name):
     assert added(name)
     for row in added(name):
@@ -84,12 +85,12 @@ def test_each_added_line_is_known_as_ours_and_is_python_by_itself(name):
         ast.parse(row.strip())
 
 
-@pytest.mark.parametrize("name", [*READY, "mainrun"])
+@pytest.mark.parametrize("name", PATCHES)
 def test_a_patch_removes_no_line(name):
     assert not [row for row in read(name).splitlines() if re.match(r"-(?!--)", row)]
 
 
-@pytest.mark.parametrize("name", [*READY, "mainrun"])
+@pytest.mark.parametrize("name", PATCHES)
 def test_its_calls_fit_the_drop_in(name):
     for call in calls(name):
         assert call.func.attr in observability.__all__
@@ -111,7 +112,7 @@ def test_what_is_resumed_before_the_loop_is_what_a_step_carries(name):
 
 def test_the_table_lists_every_patch_with_its_commit_lines_and_parts():
     rows = {row[0]: row[1:] for row in TABLE.findall((FOLDER / "README.md").read_text())}
-    assert sorted(rows) == READY
+    assert sorted(rows) == [*READY]
     for name, (repo, path, commit, lines, parts) in rows.items():
         head = re.match(HEAD, read(name))
         assert (repo, path, commit) == (head[1], head[2], head[3][:12])
@@ -138,7 +139,7 @@ def autopatch(*arguments: object):
 
 @pytest.mark.parametrize("name", READY)
 def test_a_patch_is_refused_on_another_file(script, name):
-    done = autopatch(script, "--patch", FOLDER / f"{name}.patch")
+    done = autopatch(script, "--patch", READY[name])
     assert (done.returncode, "this patch was made for" in done.stderr) == (2, True)
     assert script.read_text() == SCRIPT
 

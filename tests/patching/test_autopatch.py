@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-HERE = Path(__file__).resolve().parent
-SHAPES = sorted((HERE / "shapes").glob("*.py"))
-TOOL = HERE.parent / "patches" / "autopatch.py"
+TESTS = Path(__file__).resolve().parents[1]
+SHAPES = sorted((TESTS / "shapes").glob("*.py"))
+TOOL = TESTS.parent / "patches" / "autopatch.py"
 
 # What must be found: is the step logged, the evaluation recorded, a resume offered; and the
 # arguments that the step line must hold. "none seen": the script evaluates nothing.
@@ -82,7 +82,7 @@ def added(data: bytes) -> list[str]:
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
     path = tmp_path / "train.py"
-    path.write_bytes((HERE / "shapes" / "nested_main.py").read_bytes())
+    path.write_bytes((TESTS / "shapes" / "nested_main.py").read_bytes())
     return path
 
 
@@ -93,7 +93,7 @@ def test_every_shape_has_an_expectation():
 
 @pytest.mark.parametrize("name", sorted(GOLDEN))
 def test_shape_is_found_as_expected(name):
-    _, found = patch((HERE / "shapes" / f"{name}.py").read_bytes())
+    _, found = patch((TESTS / "shapes" / f"{name}.py").read_bytes())
     log, validation, resume, step = GOLDEN[name]
     assert (found.parts["log"], found.parts["validation"], found.parts["resume"]) == (
         log,
@@ -145,13 +145,13 @@ def scopes_and_their_names(data: bytes) -> dict[str, set[str]]:
 
 
 def test_taken_name_obs_gives_the_full_name():
-    lines = added(patch((HERE / "shapes" / "reinforce.py").read_bytes())[0])
+    lines = added(patch((TESTS / "shapes" / "reinforce.py").read_bytes())[0])
     assert "import observability  # observability" in lines
     assert not any("obs." in line for line in lines)
 
 
 def test_both_names_taken_is_an_error_that_says_so():
-    data = (HERE / "shapes" / "nameless_loss.py").read_bytes() + b"\nobs = observability = 1\n"
+    data = (TESTS / "shapes" / "nameless_loss.py").read_bytes() + b"\nobs = observability = 1\n"
     with pytest.raises(autopatch.PatchError, match="rename one of them"):
         patch(data)
 
@@ -202,7 +202,7 @@ def test_name_bound_and_read_under_the_same_test_is_not_carried(second, resume):
 
 
 def test_deleted_names_are_not_used():
-    source = (HERE / "shapes" / "accumulation_remainder.py").read_bytes()
+    source = (TESTS / "shapes" / "accumulation_remainder.py").read_bytes()
     result = patch(source)[0].decode().splitlines()
     step = next(i for i, row in enumerate(result) if "obs.step(" in row)
     assert next(row for row in result[step + 1 :] if row.strip()).strip().startswith("del X, Y")
@@ -257,13 +257,13 @@ def test_step_uses_only_values_that_are_sure(before, after, expected):
     ],
 )
 def test_any_use_of_the_name_obs_counts(line):
-    data = (HERE / "shapes" / "nameless_loss.py").read_bytes()
+    data = (TESTS / "shapes" / "nameless_loss.py").read_bytes()
     assert "import observability  # observability" in added(patch(data + line + b"\n")[0])
 
 
 # --- Any spelling of a file ------------------------------------------------------------------
 def plain_source() -> str:
-    return (HERE / "shapes" / "tuple_factory.py").read_text()
+    return (TESTS / "shapes" / "tuple_factory.py").read_text()
 
 
 @pytest.mark.parametrize(
@@ -610,7 +610,7 @@ def test_reverse_keeps_what_the_user_edited_meanwhile(script):
     run_tool(script, "--write")
     edited = script.read_bytes().replace(b"lr=0.1", b"lr=0.2") + b"print('mine')\n"
     script.write_bytes(edited)
-    original = (HERE / "shapes" / "nested_main.py").read_bytes()
+    original = (TESTS / "shapes" / "nested_main.py").read_bytes()
     assert run_tool(script, "--reverse").returncode == 0
     assert script.read_bytes() == original.replace(b"lr=0.1", b"lr=0.2") + b"print('mine')\n"
     assert (script.parent / "train.py.before-observability").exists()
@@ -694,7 +694,7 @@ def test_check_says_what_was_found_and_how_surely(script):
 
 def test_check_of_a_script_without_a_loop_names_the_file_and_exits_1(tmp_path):
     path = tmp_path / "train.py"
-    path.write_bytes((HERE / "shapes" / "loop_elsewhere.py").read_bytes())
+    path.write_bytes((TESTS / "shapes" / "loop_elsewhere.py").read_bytes())
     done = run_tool(path, "--check", "--json")
     assert done.returncode == 1
     assert "engine.py" in json.loads(done.stdout)["why"]

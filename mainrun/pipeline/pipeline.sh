@@ -20,15 +20,15 @@ Exported to it; a script that observability.py observes reads all but the first 
 Other variables, with what they are by default:
   STAGES          pretrain sft dpo r1
   HIDDEN          64, the width in the name of the weights
-  OUT_DIR         out beside this file; PRETRAIN_OUT, SFT_OUT, … for the directory of one stage
+  OUT_DIR         mainrun/out; PRETRAIN_OUT, SFT_OUT, … for the directory of one stage
   PYTHON          python3
-  TB_AUTO, TB_HOST, TB_PORT, TF_DIR   1, 127.0.0.1, 6006, logs/tb beside this file: TensorBoard,
-                  as long as the pipeline runs; none with TB_AUTO=0 or an empty TF_DIR"
+  TB_AUTO, TB_HOST, TB_PORT, TF_DIR   1, 127.0.0.1, 6006, mainrun/logs/tb: TensorBoard, as long
+                  as the pipeline runs; none with TB_AUTO=0 or an empty TF_DIR"
 set -uo pipefail
 
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) MAINRUN=${HERE%/*}
 absolute() { case $1 in "" | /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
-OUT_DIR=$(absolute "${OUT_DIR:-$HERE/out}") TF_DIR=$(absolute "${TF_DIR-$HERE/logs/tb}")
+OUT_DIR=$(absolute "${OUT_DIR:-$MAINRUN/out}") TF_DIR=$(absolute "${TF_DIR-$MAINRUN/logs/tb}")
 PYTHON=${PYTHON:-python3} HIDDEN=${HIDDEN:-64}
 SAVE_INTERVAL=${SAVE_INTERVAL:-auto} KEEP_LAST=${KEEP_LAST:-3} child="" tensorboard=""
 TB_AUTO=${TB_AUTO:-1} TB_HOST=${TB_HOST:-127.0.0.1} TB_PORT=${TB_PORT:-6006}
@@ -124,7 +124,7 @@ except obs.CheckpointError as error: sys.exit(f"pipeline: {error}")' "$1"
 }
 
 is_alive() { ask 'sys.exit(not obs.alive(pathlib.Path(sys.argv[1])))' "$1"; }
-ask() { PYTHONPATH=$HERE "$PYTHON" -c "import pathlib, sys; import observability as obs
+ask() { PYTHONPATH=$MAINRUN "$PYTHON" -c "import pathlib, sys; import observability as obs
 $1" "$2"; }
 
 # --- TensorBoard and messages ---------------------------------------------------------------------

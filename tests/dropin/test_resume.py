@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import MAINRUN, forks, python, read_json
-from test_proof import run_scripts, same_bits, unobserved, write_scripts  # noqa: F401
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import observability as obs
+from tests.recipe.test_proof import run_scripts, same_bits, unobserved, write_scripts  # noqa: F401
 
 SIZE = 20  # items; five batches
 

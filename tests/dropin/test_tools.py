@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 from conftest import MAINRUN, ROOT, python
-from test_records import tensorboard_points
 
 import observability as obs
+from tests.dropin.test_records import tensorboard_points
 
 COMMANDS = MAINRUN / "observability.py"
 BASELINE = ROOT / "baseline.log"

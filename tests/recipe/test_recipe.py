@@ -196,7 +196,7 @@ def test_too_small_a_corpus_says_what_it_makes_and_what_is_needed(tiny_run):
 
 
 def test_small_baseline_is_of_this_preset_and_these_titles():
-    records = read(ROOT / "tests" / "baseline_small.log")
+    records = read(ROOT / "tests/baselines/baseline_small.log")
     (stated,) = named(records, "hyperparameters_configured")
     assert {key: stated[key] for key in vars(SMALL)} == vars(SMALL)
     (data,) = named(records, "dataset_info")

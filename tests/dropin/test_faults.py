@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import FILES, Campaign, newest_step
+from faults.campaign import FILES, Campaign, newest_step
 from torch import nn
 
 import observability as obs
