@@ -7,11 +7,15 @@ A stage is a command in the variable of its name, PRETRAIN, SFT, DPO or R1; with
 example, stages.py, and an empty one leaves the stage out. Make it one process: a signal that
 ends the pipeline goes to it alone, and the pipeline waits for what it then saves.
 
-  SFT='python tune.py --load \"\$INIT_WEIGHTS\" --resume \"\$OBS_RESUME\"' mainrun/pipeline.sh
+  SFT='python tune.py --load \"\$INIT_WEIGHTS\" --resume \"\$RESUME_FROM\"' \\
+    mainrun/pipeline/pipeline.sh
 
-Exported to it; a script that observability.py observes reads all but the first three by itself:
+Exported to it; a script that observability.py observes reads those below the line by itself:
   STAGE, STAGE_OUT, INIT_WEIGHTS   its name, its directory, the weights of the stage before
-  OBS_RESUME      the newest whole checkpoint to go on from, or never
+  RESUME_FROM     the newest whole checkpoint, for a script that resumes by itself; empty at first
+  PYTHONPATH      ends in mainrun/, where observability.py is
+  ---
+  OBS_RESUME      the run to go on in, which is STAGE_OUT when that has a whole checkpoint; or never
   OBS_CKPT_DIR    where to save: out/<stage>/checkpoints
   OBS_WEIGHTS     the plain weights to keep beside them: out/<stage>_<hidden>.pth
   SAVE_INTERVAL   optimizer steps between two checkpoints; auto
@@ -23,7 +27,9 @@ Other variables, with what they are by default:
   OUT_DIR         mainrun/out; PRETRAIN_OUT, SFT_OUT, … for the directory of one stage
   PYTHON          python3
   TB_AUTO, TB_HOST, TB_PORT, TF_DIR   1, 127.0.0.1, 6006, mainrun/logs/tb: TensorBoard, as long
-                  as the pipeline runs; none with TB_AUTO=0 or an empty TF_DIR"
+                  as the pipeline runs; none with TB_AUTO=0 or an empty TF_DIR
+
+A second pipeline in the same OUT_DIR is refused as long as the first one runs."
 set -uo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) MAINRUN=${HERE%/*}
@@ -32,6 +38,7 @@ OUT_DIR=$(absolute "${OUT_DIR:-$MAINRUN/out}") TF_DIR=$(absolute "${TF_DIR-$MAIN
 PYTHON=${PYTHON:-python3} HIDDEN=${HIDDEN:-64}
 SAVE_INTERVAL=${SAVE_INTERVAL:-auto} KEEP_LAST=${KEEP_LAST:-3} child="" tensorboard=""
 TB_AUTO=${TB_AUTO:-1} TB_HOST=${TB_HOST:-127.0.0.1} TB_PORT=${TB_PORT:-6006}
+export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$MAINRUN
 export HERE OUT_DIR TF_DIR PYTHON HIDDEN SAVE_INTERVAL KEEP_LAST TB_AUTO TB_HOST TB_PORT
 
 # shellcheck disable=SC2016 # the stage's own shell expands it
@@ -48,6 +55,7 @@ main() {
     *) fail 2 "there is no option $1; see pipeline.sh --help" ;;
   esac
   mkdir -p "$OUT_DIR" || exit 2
+  lock
   trap 'end 129' HUP; trap 'end 130' INT; trap 'end 143' TERM; trap stop_tensorboard EXIT
   start_tensorboard
   INIT_WEIGHTS=""
@@ -63,6 +71,22 @@ main() {
   say "all stages are done: $INIT_WEIGHTS"
 }
 
+# Held by this shell's open file 9 and gone with it, even by kill -9: no child keeps that open.
+lock() {
+  local other
+  exec 9<>"$OUT_DIR/.pipeline.lock" || exit 2
+  other=$("$PYTHON" -c 'import fcntl, os, sys
+try: fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError: sys.exit(print(os.read(9, 20).decode()) or 3)
+os.ftruncate(9, 0); os.write(9, sys.argv[1].encode())' "$$")
+  case $? in
+    0) ;;
+    3) fail 2 "another pipeline (pid $other) is at work in $OUT_DIR; wait for its end, or give" \
+      "this one an OUT_DIR of its own" ;;
+    *) fail 2 "cannot lock $OUT_DIR/.pipeline.lock; is $PYTHON a Python, and can that disk lock?" ;;
+  esac
+}
+
 # --- A stage --------------------------------------------------------------------------------------
 
 train() {
@@ -75,11 +99,16 @@ train() {
   fi
   ! is_alive "$STAGE_OUT" || fail 2 "$STAGE is being trained by another process; wait for its end"
   OBS_CKPT_DIR=$STAGE_OUT/checkpoints OBS_WEIGHTS=$(plain_weights_of "$STAGE")
-  OBS_RESUME=$(latest_ckpt "$OBS_CKPT_DIR") || exit 2
-  [[ -n $OBS_RESUME ]] || set_aside
-  say "$STAGE ${OBS_RESUME:+goes on from }${OBS_RESUME:-begins from ${INIT_WEIGHTS:-scratch}}"
-  OBS_RESUME=${OBS_RESUME:-never}
-  export STAGE STAGE_OUT INIT_WEIGHTS OBS_CKPT_DIR OBS_WEIGHTS OBS_RESUME
+  RESUME_FROM=$(latest_ckpt "$OBS_CKPT_DIR") || exit 2
+  if [[ -n $RESUME_FROM ]]; then
+    OBS_RESUME=$STAGE_OUT
+    say "$STAGE goes on from $RESUME_FROM"
+  else
+    OBS_RESUME=never
+    set_aside
+    say "$STAGE begins from ${INIT_WEIGHTS:-scratch}"
+  fi
+  export STAGE STAGE_OUT INIT_WEIGHTS RESUME_FROM OBS_RESUME OBS_CKPT_DIR OBS_WEIGHTS
   run "$(command_of "$STAGE")" || fail "$?" "$STAGE failed with exit code $?;" \
     "run the pipeline again to go on from there"
   mkdir -p "$STAGE_OUT" && touch "$STAGE_OUT/done"
@@ -93,7 +122,7 @@ set_aside() {
 
 # Behind, because bash lets a signal wait until the command in front has ended.
 run() {
-  bash -c "$1" & child=$!
+  bash -c "$1" 9>&- & child=$!
   wait "$child" && child=""
 }
 
@@ -125,7 +154,7 @@ except obs.CheckpointError as error: sys.exit(f"pipeline: {error}")' "$1"
 
 is_alive() { ask 'sys.exit(not obs.alive(pathlib.Path(sys.argv[1])))' "$1"; }
 ask() { PYTHONPATH=$MAINRUN "$PYTHON" -c "import pathlib, sys; import observability as obs
-$1" "$2"; }
+$1" "$2" 9>&-; }
 
 # --- TensorBoard and messages ---------------------------------------------------------------------
 
@@ -135,7 +164,7 @@ start_tensorboard() {
     { say "warning: no TensorBoard; to get it: $PYTHON -m pip install tensorboard" && return; }
   while (: <>"/dev/tcp/$TB_HOST/$TB_PORT") 2>/dev/null; do ((TB_PORT++)); done # taken by another
   "$PYTHON" -m tensorboard.main --logdir "$TF_DIR" --host "$TB_HOST" --port "$TB_PORT" \
-    >"$OUT_DIR/tensorboard.log" 2>&1 &
+    >"$OUT_DIR/tensorboard.log" 2>&1 9>&- &
   tensorboard=$!
   say "TensorBoard (pid $tensorboard) on http://$TB_HOST:$TB_PORT until the pipeline ends"
 }

@@ -135,6 +135,23 @@ def test_a_stage_that_is_being_trained_is_left_alone(place, open_run):
     obs.finish()
 
 
+def test_a_second_pipeline_in_the_same_folder_is_refused_until_the_first_is_gone(place):
+    waits = 'echo $$ > "$OUT_DIR/stage"; while :; do sleep 0.05; done'
+    with place.start(PRETRAIN=waits) as pipeline:
+        wait_for(lambda: (place.out / "stage").exists())
+        refused = place.run()
+        assert refused.returncode == 2
+        assert f"another pipeline (pid {pipeline.pid}) is at work in {place.out}" in refused.stderr
+        assert not (place.out / "ran").exists()
+        pipeline.kill()
+        pipeline.wait()
+        try:  # the stage has survived, and holds nothing that the next pipeline needs
+            assert place.run().returncode == 0
+        finally:
+            os.kill(int((place.out / "stage").read_text()), signal.SIGKILL)
+    assert len(place.ran()) == 4
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_reaches_the_stage_which_may_save(place, number, code):
     saves = """trap 'echo it > "$OUT_DIR/saved"; exit 1' TERM; touch "$OUT_DIR/began"
@@ -235,6 +252,15 @@ def bits(weights: Path) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in state.items()}
 
 
+def test_a_stage_is_told_its_run_and_its_newest_whole_checkpoint(before_dpo):
+    place = before_dpo
+    (place.out / "sft" / "done").unlink()
+    tells = 'echo "$OBS_RESUME" "$RESUME_FROM" > "$OUT_DIR/told"'
+    assert place.run(SFT=tells, STAGES="pretrain sft").returncode == 0
+    newest = obs.latest_ckpt(place.out / "sft" / "checkpoints")
+    assert (place.out / "told").read_text().split() == [str(place.out / "sft"), str(newest)]
+
+
 def test_skip_pretrain_prefers_the_newest_whole_checkpoint(before_dpo):
     place = before_dpo
     checkpoints = place.out / "pretrain" / "checkpoints"
@@ -274,7 +300,7 @@ def test_settings_reach_the_example_as_options_and_any_other_script_as_variables
         *) exec "$REAL" "$@" ;; esac""")
     del place.environment["PRETRAIN"]
     del place.environment["SFT"]
-    tells = f"""env | grep -E '^(OBS_|SAVE_|KEEP_|TB_|HIDDEN|STAGE)' > "$OUT_DIR/told"; {SHORT}"""
+    tells = f"""env | grep -E '^(OBS_|SAVE_|KEEP_|TB_|HIDDEN|STAGE|RESUME)' > "$OUT_DIR/told"; {SHORT}"""
     done = place.run(PYTHON=python, DPO=tells, SAVE_INTERVAL="7", KEEP_LAST="2", HIDDEN="48",
                      TB_PORT="7000", TB_HOST="localhost")  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -287,7 +313,8 @@ def test_settings_reach_the_example_as_options_and_any_other_script_as_variables
     ]
     told = dict(line.split("=", 1) for line in (out / "told").read_text().splitlines())
     assert told == {
-        "OBS_RESUME": "never", "OBS_CKPT_DIR": f"{out}/dpo/checkpoints",
+        "OBS_RESUME": "never", "RESUME_FROM": "",
+        "OBS_CKPT_DIR": f"{out}/dpo/checkpoints",
         "OBS_WEIGHTS": f"{out}/dpo_48.pth", "STAGE": "dpo", "STAGE_OUT": f"{out}/dpo",
         "SAVE_INTERVAL": "7", "KEEP_LAST": "2", "HIDDEN": "48",
         "TB_AUTO": "0", "TB_PORT": "7000", "TB_HOST": "localhost",
