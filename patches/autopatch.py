@@ -44,11 +44,20 @@ MARK = "# observability"
 PARTS = ("log", "validation", "resume")
 # Each kind of line and the part that it belongs to. Between the same two lines of the original,
 # what is added stands in this order.
-KINDS = {"import": "log", "init": "log", "watch": "log", "skip": "resume", "resume": "resume",
-         "validation": "validation", "step": "log", "finish": "log"}
+KINDS = {
+    "import": "log",
+    "init": "log",
+    "watch": "log",
+    "skip": "resume",
+    "resume": "resume",
+    "validation": "validation",
+    "step": "log",
+    "finish": "log",
+}
 OURS = re.compile(
     r"\s*(?:(?:from [\w.]+ )?import observability\b|"
-    r"(?:(?:if|for) .*|[\w.,\s]+ = )?\b(?:obs|observability)\.\w+\()")
+    r"(?:(?:if|for) .*|[\w.,\s]+ = )?\b(?:obs|observability)\.\w+\()"
+)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Scope = ast.Module | ast.FunctionDef | ast.AsyncFunctionDef
@@ -63,8 +72,12 @@ EXITS = (ast.Break, ast.Continue, ast.Return)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 # Where in an expression its value may come from.
 CHOICES: dict[type, tuple[str, ...]] = {
-    ast.IfExp: ("body", "orelse"), ast.BoolOp: ("values",), ast.List: ("elts",),
-    ast.Tuple: ("elts",), ast.ListComp: ("elt",)}
+    ast.IfExp: ("body", "orelse"),
+    ast.BoolOp: ("values",),
+    ast.List: ("elts",),
+    ast.Tuple: ("elts",),
+    ast.ListComp: ("elt",),
+}
 
 
 class PatchError(Exception):
@@ -127,8 +140,9 @@ class Binding:
     scope: Scope
 
 
-def patch(source: bytes, name: str = "train.py",
-          parts: Sequence[str] = PARTS) -> tuple[bytes, Plan]:
+def patch(
+    source: bytes, name: str = "train.py", parts: Sequence[str] = PARTS
+) -> tuple[bytes, Plan]:
     """The patched source and what was found; raises PatchError, NothingToPatch."""
     script = Script(source, name)
     found = plan(script, parts)
@@ -218,7 +232,8 @@ def targets(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Assign):
         found = node.targets
     elif isinstance(node, (ast.AugAssign, *FORS, ast.NamedExpr)) or (
-            isinstance(node, ast.AnnAssign) and node.value is not None):
+        isinstance(node, ast.AnnAssign) and node.value is not None
+    ):
         found = [node.target]
     elif isinstance(node, WITHS):
         found = [item.optional_vars for item in node.items if item.optional_vars]
@@ -302,7 +317,8 @@ class Script:
             version = ".".join(map(str, sys.version_info[:2]))
             raise PatchError(
                 f"{self.name}:{line}: Python {version} cannot parse this script ({error}); if it "
-                f"needs another Python, run autopatch.py with that one") from error
+                f"needs another Python, run autopatch.py with that one"
+            ) from error
 
     def _bindings_of(self, node: ast.AST) -> Iterator[Binding]:
         places: list[ast.expr] = []
@@ -352,8 +368,12 @@ class Script:
 
     def loops_around(self, node: ast.AST) -> list[Loop]:
         """From the inside; the iterable and the `else` of a loop run once, not once a turn."""
-        return [parent for parent, child in self.above(node) if isinstance(parent, LOOPS)
-                and (child in parent.body or child is getattr(parent, "test", None))]
+        return [
+            parent
+            for parent, child in self.above(node)
+            if isinstance(parent, LOOPS)
+            and (child in parent.body or child is getattr(parent, "test", None))
+        ]
 
     def after(self, stmt: ast.AST, end: tuple[type, ...] = ()) -> list[ast.stmt]:
         """The statements that come behind `stmt` in its function, or up to an owner in `end`."""
@@ -383,15 +403,20 @@ class Script:
     def is_function(self, name: str) -> bool:
         """Whether a name is imported, or defined here as a function."""
         return name.partition(".")[0] in self.imports or any(
-            f.name == last(name) for f in self.functions)
+            f.name == last(name) for f in self.functions
+        )
 
     def callers(self, function: Function) -> list[ast.Call]:
-        return [call for call in self.calls
-                if self.scope_of(call) is not function and self._calls(call, function)]
+        return [
+            call
+            for call in self.calls
+            if self.scope_of(call) is not function and self._calls(call, function)
+        ]
 
     def definition(self, call: ast.Call) -> Function | None:
-        return next((f for f in self.functions
-                     if f.name == called(call) and self._calls(call, f)), None)
+        return next(
+            (f for f in self.functions if f.name == called(call) and self._calls(call, f)), None
+        )
 
     def _calls(self, call: ast.Call, function: Function) -> bool:
         owner, func = self.class_of(function), call.func
@@ -587,8 +612,11 @@ class Flow:
 
 
 def loads(nodes: Iterable[ast.AST], context: type = ast.Load) -> Names:
-    return frozenset(dotted(n) for n in nodes if isinstance(n, (ast.Name, ast.Attribute))
-                     and isinstance(n.ctx, context)) - {""}
+    return frozenset(
+        dotted(n)
+        for n in nodes
+        if isinstance(n, (ast.Name, ast.Attribute)) and isinstance(n.ctx, context)
+    ) - {""}
 
 
 def always(node: ast.AST) -> Names:
@@ -602,16 +630,23 @@ def always(node: ast.AST) -> Names:
 
 def deleted(stmt: ast.stmt) -> Names:
     """Names that a statement may unbind, at any depth."""
-    return frozenset(name for node in own(stmt) if isinstance(node, ast.Delete)
-                     for target in node.targets for name in names_in(target))
+    return frozenset(
+        name
+        for node in own(stmt)
+        if isinstance(node, ast.Delete)
+        for target in node.targets
+        for name in names_in(target)
+    )
 
 
 def leaves(stmt: ast.stmt) -> bool:
     """Whether control does not come out behind a simple statement."""
     exits = {"sys.exit", "exit", "quit", "os._exit"}
     return isinstance(stmt, (*EXITS, ast.Raise)) or (
-        isinstance(stmt, ast.Expr) and isinstance(stmt.value, ast.Call)
-        and dotted(stmt.value.func) in exits)
+        isinstance(stmt, ast.Expr)
+        and isinstance(stmt.value, ast.Call)
+        and dotted(stmt.value.func) in exits
+    )
 
 
 def propagates(loop: ast.AST) -> bool:
@@ -625,37 +660,50 @@ OPTIMIZER_CALL = re.compile(
     r"\w*Adam\w*|\w*SGD\w*|RMSprop|Adagrad|Adadelta|Rprop|LBFGS|Lion\w*|\w*Muon\w*|Sophia\w*|"
     r"L[Aa][Mm][Bb]|LARS|Adafactor|Adan|SAM|\w*Shampoo|SOAP\w*|Prodigy|Ranger\w*|DAdapt\w*|"
     r"ScheduledOptim|NoamOpt|Optim|\w*[Oo]ptimizers?\w*|optim_cls|"
-    r"(?:get|make|build|create|setup|configure)_optim\w*)$")
+    r"(?:get|make|build|create|setup|configure)_optim\w*)$"
+)
 OPTIMIZER_NAME = re.compile(r"optim|(?:^|_)opt(?:s|_|\d|$)|^opt[A-Z]|Opt$|solver$", re.I)
 SCHEDULER_CALL = re.compile(
     r"(?:LR|Scheduler|ReduceLROnPlateau|WarmRestarts)$|(?:^|\.)get_\w*schedul|"
-    r"(?:build|create|make|get)_(?:lr_)?sched\w*$", re.I)
+    r"(?:build|create|make|get)_(?:lr_)?sched\w*$",
+    re.I,
+)
 SCHEDULER_NAME = re.compile(r"sched|^lr_decay$|warmup_lr", re.I)
 SCALER_NAME = re.compile(r"scaler\w*$", re.I)
 MODEL_NAME = re.compile(
     r"model|net|module|actor|critic|agent|encoder|decoder|generator|discriminator|policy|^[GD]$",
-    re.I)
+    re.I,
+)
 GIVES_PARAMETERS = re.compile(
-    r"(?:named_|optim_)?parameters(?:_to_optimize)?$|configure_optimizers?$")
+    r"(?:named_|optim_)?parameters(?:_to_optimize)?$|configure_optimizers?$"
+)
 ENV_NAME = re.compile(r"(?:^|_)envs?(?:_|\d|$)", re.I)
 EVAL_NAME = re.compile(
-    r"(?:^|_)(?:eval\w+|validat\w*|valid|val|test|dev|estimate_loss\w*)(?:_|\d|$)", re.I)
+    r"(?:^|_)(?:eval\w+|validat\w*|valid|val|test|dev|estimate_loss\w*)(?:_|\d|$)", re.I
+)
 NOT_EVAL_NAME = re.compile(
-    r"load|data|transform|set$|iter|split|token|batch|dir$|path|freq|(?-i:^[A-Z])", re.I)
+    r"load|data|transform|set$|iter|split|token|batch|dir$|path|freq|(?-i:^[A-Z])", re.I
+)
 LOSS_NAME = re.compile(
     r"loss|nll|ppl|perplex|bpb|(?:^|_)(?:err\w?|cost|elbo|mse|ce|bce|objective)(?:_|\d|$)|^err[DG]",
-    re.I)
+    re.I,
+)
 METRIC_NAME = re.compile(
-    r"acc|score|bleu|auc|^f1|map\b|_map|dice|iou|metric|reward|fid|prec|recall|top|psnr", re.I)
+    r"acc|score|bleu|auc|^f1|map\b|_map|dice|iou|metric|reward|fid|prec|recall|top|psnr", re.I
+)
 HELD_OUT = re.compile(r"val|test|eval|dev|held", re.I)
 HELD_OUT_LOSS = re.compile(
     r"(?:^|_)(?:val|valid|validation|test|eval|dev|heldout)(?:_\w+)?_?loss$|"
-    r"loss_?(?:test|valid|validation|eval|dev)$", re.I)
+    r"loss_?(?:test|valid|validation|eval|dev)$",
+    re.I,
+)
 NOT_A_VALUE = re.compile(r"best|min|prev|last|patience|list|history", re.I)
 ENGINE_NAME = re.compile(
-    r"accelerat|fabric|booster|engine|strategy|autograd|^amp|scaler|trainer|^self$", re.I)
+    r"accelerat|fabric|booster|engine|strategy|autograd|^amp|scaler|trainer|^self$", re.I
+)
 MOVES_ON = re.compile(
-    r"^(?:next\w*|get_batch|sample\w*|push\w*|pop\w*|query|add|append|put|store|update\w*|draw)$")
+    r"^(?:next\w*|get_batch|sample\w*|push\w*|pop\w*|query|add|append|put|store|update\w*|draw)$"
+)
 KEEPS_NO_STATE = re.compile(r"Meter|Metric|Log|Writer|Timer|Tracker|Board|tqdm|Progress|Prof")
 NOT_CARRIED = re.compile(r"^pbar|progress_?bar|tqdm|writer$|logger$|^prof(?:iler)?$", re.I)
 CLOCK = re.compile(r"^(?:time\.\w+|perf_counter|time|monotonic|datetime\.\S+|timeit\.\w+)$")
@@ -670,11 +718,18 @@ class Roles:
         self.script = script
         self._optimizers: dict[str, bool] = {}
         used = [method_call(call) for call in script.calls]
-        self.modules = list(dict.fromkeys(
-            name for call, (name, method) in zip(script.calls, used, strict=True)
-            if name not in ("", "self") and not self.optimizer(name)
-            and (method in {"parameters", "named_parameters"}
-                 or (method in {"train", "eval", "zero_grad"} and not call.args))))
+        self.modules = list(
+            dict.fromkeys(
+                name
+                for call, (name, method) in zip(script.calls, used, strict=True)
+                if name not in ("", "self")
+                and not self.optimizer(name)
+                and (
+                    method in {"parameters", "named_parameters"}
+                    or (method in {"train", "eval", "zero_grad"} and not call.args)
+                )
+            )
+        )
 
     def optimizer(self, name: str) -> bool:
         if name not in self._optimizers:
@@ -682,13 +737,17 @@ class Roles:
         return self._optimizers[name]
 
     def scheduler(self, name: str) -> bool:
-        return bool(name) and not self.optimizer(name) and (
-            bool(SCHEDULER_NAME.search(last(name))) or self.made_by(name, SCHEDULER_CALL))
+        return (
+            bool(name)
+            and not self.optimizer(name)
+            and (bool(SCHEDULER_NAME.search(last(name))) or self.made_by(name, SCHEDULER_CALL))
+        )
 
     def arguments(self, name: str) -> bool:
         """Command-line arguments: the result of `parse_args()`."""
-        return any(called(call) in {"parse_args", "parse_known_args"}
-                   for call in self.script.made(name))
+        return any(
+            called(call) in {"parse_args", "parse_known_args"} for call in self.script.made(name)
+        )
 
     def _is_optimizer(self, name: str) -> bool:
         if SCHEDULER_NAME.search(last(name)) and not OPTIMIZER_CALL.search(last(name)):
@@ -697,13 +756,16 @@ class Roles:
         return (
             self.made_by(name, OPTIMIZER_CALL)
             or (last(name) == "optimizer" and self.optimizer(holder))
-            or (bool(OPTIMIZER_NAME.search(last(name))) and not self.arguments(name)))
+            or (bool(OPTIMIZER_NAME.search(last(name))) and not self.arguments(name))
+        )
 
     def made_by(self, name: str, call_name: re.Pattern[str]) -> bool:
         own_name = SCHEDULER_NAME if call_name is SCHEDULER_CALL else OPTIMIZER_NAME
         return any(
             call_name.search(self._maker(call)) and (b.index is None or own_name.search(last(name)))
-            for b in self.script.bindings.get(name, []) for call in makers(b.value))
+            for b in self.script.bindings.get(name, [])
+            for call in makers(b.value)
+        )
 
     def _maker(self, call: ast.Call) -> str:
         if isinstance(call.func, ast.Call) and call.func.args:  # getattr(torch.optim, x)(...)
@@ -729,8 +791,10 @@ class Roles:
     def _root(self, name: str) -> str:
         """`model` for `model.fc`: the shortest prefix that the script assigns."""
         heads = (name[: dot.start()] for dot in re.finditer(r"\.|$", name))
-        return next((head for head in heads
-                     if head in self.script.bindings and not self.arguments(head)), name)
+        return next(
+            (head for head in heads if head in self.script.bindings and not self.arguments(head)),
+            name,
+        )
 
 
 # --- Where the optimizer steps, and the loops around it --------------------------------------
@@ -758,11 +822,17 @@ class Nest:
 
 
 def find_updates(script: Script, roles: Roles) -> list[Update]:
-    engines = {method_call(call)[0] for call in script.calls
-               if method_call(call)[1] == "backward" and call.args}
+    engines = {
+        method_call(call)[0]
+        for call in script.calls
+        if method_call(call)[1] == "backward" and call.args
+    }
     found = [update for call in script.calls if (update := _update(call, roles, engines))]
-    spread = [Update(u.call, name, u.scaler) for u in found
-              for name in looped_over(script, u.call, u.optimizer)]
+    spread = [
+        Update(u.call, name, u.scaler)
+        for u in found
+        for name in looped_over(script, u.call, u.optimizer)
+    ]
     return spread or _updates_by_hand(script)
 
 
@@ -800,10 +870,18 @@ def looped_over(script: Script, node: ast.AST, name: str) -> list[str]:
 
 def _updates_by_hand(script: Script) -> list[Update]:
     """No optimizer at all: `p.data.add_(p.grad, alpha=-lr)` after a backward."""
-    with_grad = {script.scope_of(n) for n in script.nodes
-                 if isinstance(n, ast.Attribute) and n.attr == "grad"}
-    return [Update(call, "") for call in script.calls if method_call(call)[1] == "backward"
-            and script.scope_of(call) in with_grad and script.loops_around(call)]
+    with_grad = {
+        script.scope_of(n)
+        for n in script.nodes
+        if isinstance(n, ast.Attribute) and n.attr == "grad"
+    }
+    return [
+        Update(call, "")
+        for call in script.calls
+        if method_call(call)[1] == "backward"
+        and script.scope_of(call) in with_grad
+        and script.loops_around(call)
+    ]
 
 
 class Nests:
@@ -819,8 +897,9 @@ class Nests:
                 nest.updates.append(update)
         self.found = self._merged(list(by_loop.values()))
 
-    def _chains(self, node: ast.AST, seen: tuple[ast.AST, ...]
-                ) -> Iterator[tuple[ast.AST, list[Loop], str]]:
+    def _chains(
+        self, node: ast.AST, seen: tuple[ast.AST, ...]
+    ) -> Iterator[tuple[ast.AST, list[Loop], str]]:
         """Each way into a loop: the node that steps there, the loops from the inside, a doubt."""
         scope = self.script.scope_of(node)
         loops = [lp for lp in self.script.loops_around(node) if not self._over_optimizers(lp)]
@@ -840,8 +919,12 @@ class Nests:
         """A method of this name is called in a loop, on an object whose class is not known."""
         for call in self.script.calls if self.script.class_of(scope) else []:
             same = method_call(call)[1] == getattr(scope, "name", "")
-            if (same and (call.args or call.keywords) and self.script.loops_around(call)
-                    and not self.script.definition(call)):
+            if (
+                same
+                and (call.args or call.keywords)
+                and self.script.loops_around(call)
+                and not self.script.definition(call)
+            ):
                 return f"line {call.lineno} may call this training several times"
         return ""
 
@@ -851,7 +934,9 @@ class Nests:
         return any(
             names & {name, *map(dotted, getattr(n, "args", []))}
             for n in own_all(loop.body)
-            for name, method in [method_call(n)] if method in {"step", "zero_grad"})
+            for name, method in [method_call(n)]
+            if method in {"step", "zero_grad"}
+        )
 
     def _merged(self, nests: list[Nest]) -> list[Nest]:
         """One nest per training loop: an inner loop of critic steps, or a remainder after it."""
@@ -898,25 +983,35 @@ class Patcher:
         logged = {u.call for nest in nests for u in nest.updates}
         for update in updates:
             if update.call not in logged:
-                self.out.note(update.call, "this optimizer step is outside the loop that is "
-                              "observed (a remainder, or never called here); it is not counted")
+                self.out.note(
+                    update.call,
+                    "this optimizer step is outside the loop that is "
+                    "observed (a remainder, or never called here); it is not counted",
+                )
         kinds = list(KINDS)
         self.out.insertions = sorted(
             dict.fromkeys(self.out.insertions),
-            key=lambda i: (i.line, -len(i.indent.expandtabs(8)), kinds.index(i.kind)))
+            key=lambda i: (i.line, -len(i.indent.expandtabs(8)), kinds.index(i.kind)),
+        )
         return self.out
 
     def _free_name(self) -> str:
         """`obs`, or the full name where the script uses `obs` for anything, a string included."""
         values = [value for node in self.script.nodes for value in vars(node).values()]
         taken = {value for value in values if isinstance(value, str)}
-        taken |= {name for node in self.script.nodes
-                  if isinstance(node, (ast.Global, ast.Nonlocal)) for name in node.names}
+        taken |= {
+            name
+            for node in self.script.nodes
+            if isinstance(node, (ast.Global, ast.Nonlocal))
+            for name in node.names
+        }
         for name in ("obs", "observability"):
             if name not in taken | set(self.script.imports):
                 return name
-        raise PatchError(f"{self.script.name}: uses both names, obs and observability, for "
-                         f"something else; rename one of them")
+        raise PatchError(
+            f"{self.script.name}: uses both names, obs and observability, for "
+            f"something else; rename one of them"
+        )
 
     def _import(self) -> None:
         """Behind the first run of imports that has torch, or behind the last import."""
@@ -947,17 +1042,22 @@ class Patcher:
 def where_to_look(script: Script, roles: Roles, updates: list[Update]) -> str:
     """Why there is nothing to patch, and which file to try instead."""
     if updates:
-        return (f"{script.name}:{updates[0].call.lineno}: an optimizer steps here, but no loop of "
-                f"this file calls it; patch the script that has the loop")
-    files = list(dict.fromkeys(file for call in script.calls
-                               if (file := _trained_in(script, roles, call))))
+        return (
+            f"{script.name}:{updates[0].call.lineno}: an optimizer steps here, but no loop of "
+            f"this file calls it; patch the script that has the loop"
+        )
+    files = list(
+        dict.fromkeys(file for call in script.calls if (file := _trained_in(script, roles, call)))
+    )
     if files:
         return f"{script.name}: the optimizer is stepped elsewhere: try {', '.join(files)}"
     for call in script.calls:
         name = script.resolve(call.func)
         if re.search(r"(?:^|\.)(?:\w*Trainer|Learner|fit|train)$", name):
-            return (f"{script.name}:{call.lineno}: the loop is in {name}(), not in this file; "
-                    f"use its callbacks")
+            return (
+                f"{script.name}:{call.lineno}: the loop is in {name}(), not in this file; "
+                f"use its callbacks"
+            )
     return f"{script.name}: no optimizer step in a loop was found"
 
 
@@ -1006,7 +1106,8 @@ class NestPatcher:
         """Made inside the outermost of these loops, or in a function that this loop calls."""
         callees = {self.script.scope_of(loop) for loop in loops[1:]}
         return made.stmt in own_set(loops[0]) or (
-            made.scope in callees - {self.script.scope_of(loops[0])})
+            made.scope in callees - {self.script.scope_of(loops[0])}
+        )
 
     def patch(self) -> None:
         self._init()
@@ -1047,8 +1148,17 @@ class NestPatcher:
                 return name if name in parameters(self.outer_scope) else f"vars({name})"
         known = self.script.bindings.keys() | locals_of(self.outer_scope)
         usual = ("args", "opt", "config", "cfg", "hparams", "hps", "self.config")
-        return next((name for name in usual if name in self.at_start and name in known
-                     and name not in self.script.imports and not self.roles.optimizer(name)), "")
+        return next(
+            (
+                name
+                for name in usual
+                if name in self.at_start
+                and name in known
+                and name not in self.script.imports
+                and not self.roles.optimizer(name)
+            ),
+            "",
+        )
 
     def _worker(self) -> str:
         """The rank of a process that runs this loop beside others, without torch.distributed."""
@@ -1056,8 +1166,11 @@ class NestPatcher:
             return ""
         for call in self.script.calls:
             given = [*call.args, *(keyword.value for keyword in call.keywords)]
-            if (called(call) in {"Process", "spawn", "start_processes"}
-                    and self.outer_scope.name in map(dotted, given)):
+            if called(call) in {
+                "Process",
+                "spawn",
+                "start_processes",
+            } and self.outer_scope.name in map(dotted, given):
                 self.refuse(call, "several processes train at once, each by its own steps")
                 return parameters(self.outer_scope)[0] if self.outer_scope.args.args else ""
         return ""
@@ -1065,8 +1178,12 @@ class NestPatcher:
     def _watch(self) -> None:
         optimizers = self._visible_optimizers()
         scalers = [u.scaler for u in self.nest.updates if u.scaler in self.at_start]
-        keywords = {"optimizer": optimizers, "scheduler": self._schedulers(), "scaler": scalers,
-                    "loader": self._loader()}
+        keywords = {
+            "optimizer": optimizers,
+            "scheduler": self._schedulers(),
+            "scaler": scalers,
+            "loader": self._loader(),
+        }
         args = list(self.models)
         for key, names in keywords.items():
             unique = list(dict.fromkeys(names))
@@ -1085,32 +1202,52 @@ class NestPatcher:
         direct = [name for name in self.optimizers if name in self.at_start]
         if direct and len(direct) == len(self.optimizers):
             return direct
-        made = [name for name in self.script.bindings
-                if name in self.at_start and self.roles.made_by(name, OPTIMIZER_CALL)]
+        made = [
+            name
+            for name in self.script.bindings
+            if name in self.at_start and self.roles.made_by(name, OPTIMIZER_CALL)
+        ]
         given = [name for name in parameters(self.outer_scope) if "optim" in name.lower()]
         return [*direct, *(name for name in made or given if name not in direct)]
 
     def _visible_models(self) -> list[str]:
         optimizers = dict.fromkeys([*self.optimizers, *self._visible_optimizers()])
         given = [m for o in optimizers for m in self.roles.models_of(o) if m in self.at_start]
-        usual = [name for name in self.roles.modules
-                 if name in self.at_start and name not in self.script.imports]
-        called_ones = [name for name in dict.fromkeys(dotted(c.func) for c in self.script.calls)
-                       if name in self.at_start and re.search("model$|^net|net$", last(name))
-                       and not self.script.is_function(name)]
+        usual = [
+            name
+            for name in self.roles.modules
+            if name in self.at_start and name not in self.script.imports
+        ]
+        called_ones = [
+            name
+            for name in dict.fromkeys(dotted(c.func) for c in self.script.calls)
+            if name in self.at_start
+            and re.search("model$|^net|net$", last(name))
+            and not self.script.is_function(name)
+        ]
         found = given or [m for m in usual if MODEL_NAME.search(last(m))] or usual or called_ones
-        copied = [name for call in self.script.calls  # a target network
-                  for name, method in [method_call(call)] if method == "load_state_dict"
-                  and call in own_set(self.outer) and name in self.at_start
-                  and not self.roles.optimizer(name)]
+        copied = [
+            name
+            for call in self.script.calls  # a target network
+            for name, method in [method_call(call)]
+            if method == "load_state_dict"
+            and call in own_set(self.outer)
+            and name in self.at_start
+            and not self.roles.optimizer(name)
+        ]
         return list(dict.fromkeys([*self._of_scope(found), *copied]))
 
     def _schedulers(self) -> list[str]:
-        stepped = [name for call in self.script.calls for receiver, method in [method_call(call)]
-                   if method in {"step", "step_update"}
-                   for name in looped_over(self.script, call, receiver)]
-        return self._of_scope([name for name in stepped
-                               if name in self.at_start and self.roles.scheduler(name)])
+        stepped = [
+            name
+            for call in self.script.calls
+            for receiver, method in [method_call(call)]
+            if method in {"step", "step_update"}
+            for name in looped_over(self.script, call, receiver)
+        ]
+        return self._of_scope(
+            [name for name in stepped if name in self.at_start and self.roles.scheduler(name)]
+        )
 
     def _of_scope(self, names: list[str]) -> list[str]:
         """The function's own names, where it has any: a global one may be the same object."""
@@ -1143,13 +1280,19 @@ class NestPatcher:
                 self.out.parts["log"] = "yes"
         for update in self.nest.updates:
             if self.script.scope_of(update.call) is not self.scope and any(
-                    isinstance(test, ast.If) and not test.orelse
-                    for test, _ in self.script.above(update.call)):
-                self.out.note(update.call, "this function steps under a condition; every iteration "
-                                           "that calls it is counted as a step")
+                isinstance(test, ast.If) and not test.orelse
+                for test, _ in self.script.above(update.call)
+            ):
+                self.out.note(
+                    update.call,
+                    "this function steps under a condition; every iteration "
+                    "that calls it is counted as a step",
+                )
         if self.out.parts["log"] == "no":
-            self.out.note(self.inner, "no room for obs.step in this loop (its body is on the line "
-                                      "of its header)")
+            self.out.note(
+                self.inner,
+                "no room for obs.step in this loop (its body is on the line of its header)",
+            )
 
     def _step_call(self, spot: Spot, carry: dict[str, str], last: str) -> str:
         bound = self.script.bound(spot)
@@ -1157,8 +1300,9 @@ class NestPatcher:
         kept = [f'"{key}": {name}' for key, name in carry.items() if name in bound]
         for name in carry.values():
             if name not in bound:
-                self.out.note(self.inner, f"{name} may be unbound at the end of an iteration; "
-                                          f"not carried")
+                self.out.note(
+                    self.inner, f"{name} may be unbound at the end of an iteration; not carried"
+                )
         if kept:
             args.append(f"carry={{{', '.join(kept)}}}")
         if last:
@@ -1176,8 +1320,10 @@ class NestPatcher:
         root, why = loss.name.partition("[")[0], ""
         if root not in self.script.bound(spot):
             why = "is not certainly bound where the step is logged"
-        elif any(not any(dotted(n) == root for n in walk(b.value))  # `loss = loss.item()` keeps it
-                 for b in self._bound_again(root, self.last_site, self.script.line_of(spot) or 0)):
+        elif any(
+            not any(dotted(n) == root for n in walk(b.value))  # `loss = loss.item()` keeps it
+            for b in self._bound_again(root, self.last_site, self.script.line_of(spot) or 0)
+        ):
             why = "is assigned again before the end of the iteration (an evaluation?)"
         if why:
             self.out.note(loss.call, f"the loss {root} {why}; it is left out")
@@ -1190,8 +1336,11 @@ class NestPatcher:
         return loss.code
 
     def _bound_again(self, name: str, after: int, before: int = sys.maxsize) -> list[Binding]:
-        return [b for b in self.script.bindings.get(name, [])
-                if b.stmt in own_set(self.inner) and after < b.stmt.lineno < before]
+        return [
+            b
+            for b in self.script.bindings.get(name, [])
+            if b.stmt in own_set(self.inner) and after < b.stmt.lineno < before
+        ]
 
     @property
     def last_site(self) -> int:
@@ -1213,8 +1362,11 @@ class NestPatcher:
         name = dotted(node.target)
         by_one = isinstance(node.op, ast.Add) and getattr(node.value, "value", None) == 1
         writes = [b for b in self.script.bindings.get(name, []) if b.stmt in own_set(self.outer)]
-        if (not by_one or len(writes) != 1
-                or not re.search(r"step|iter|batch|^[nit]$", last(name), re.I)):
+        if (
+            not by_one
+            or len(writes) != 1
+            or not re.search(r"step|iter|batch|^[nit]$", last(name), re.I)
+        ):
             return False
         mine, theirs = self._branches(node), self._branches(self.nest.sites[0])
         always = not self.spots.conditions
@@ -1262,9 +1414,14 @@ class StepSpots:
         ways = [self._tests(site) for site in nest.nest.sites]
         # The `if`s around the only update, outermost first; none if each iteration steps.
         self.conditions = ways[-1] if all(ways) else []
-        self.first = min([self.script.index_in(self.loop.body, site)
-                          for site, tests in zip(nest.nest.sites, ways, strict=True) if not tests],
-                         default=0)
+        self.first = min(
+            [
+                self.script.index_in(self.loop.body, site)
+                for site, tests in zip(nest.nest.sites, ways, strict=True)
+                if not tests
+            ],
+            default=0,
+        )
         self.unseen: list[ast.stmt] = []  # exits after a step that a resumed run would not take
         self.found = self._find()
 
@@ -1273,7 +1430,7 @@ class StepSpots:
             return self._ends(self.loop.body, self.first)
         outermost, (innermost, taken) = self.conditions[0][0], self.conditions[-1]
         place = Spot(self.loop.body, self.script.index_in(self.loop.body, outermost))
-        rest = place.block[place.index:]
+        rest = place.block[place.index :]
         branch = innermost.body if taken else innermost.orelse
         pure = all(self._pure(test.test, rest) for test, _ in self.conditions)
         if len(rest) > 1 and pure and not self._exits(rest[1:]):
@@ -1282,10 +1439,16 @@ class StepSpots:
         if self.script.indent_of(branch) is None and pure:
             return [StepSpot(self.script.behind(outermost), self._words(), later)]
         if any(not isinstance(stmt, ast.If) for stmt in rest[1:]):
-            self.n.out.note(innermost, "more happens after the branch that steps; a checkpoint "
-                                       "taken there has not seen it")
-        first = min(self.script.index_in(branch, site)
-                    for site in self.n.nest.sites if self.script.inside(site, innermost))
+            self.n.out.note(
+                innermost,
+                "more happens after the branch that steps; a checkpoint "
+                "taken there has not seen it",
+            )
+        first = min(
+            self.script.index_in(branch, site)
+            for site in self.n.nest.sites
+            if self.script.inside(site, innermost)
+        )
         return [found._replace(last=found.last or later) for found in self._ends(branch, first)]
 
     def _breaks(self, rest: Sequence[ast.stmt]) -> str:
@@ -1293,8 +1456,12 @@ class StepSpots:
         tests = []
         for leave in self._exits(rest):
             owner = self.script.parent[leave]
-            if isinstance(leave, ast.Break) and isinstance(owner, ast.If) and owner in rest and (
-                    leave in owner.body and self._pure(owner.test, rest)):
+            if (
+                isinstance(leave, ast.Break)
+                and isinstance(owner, ast.If)
+                and owner in rest
+                and (leave in owner.body and self._pure(owner.test, rest))
+            ):
                 tests.append(ast.unparse(owner.test))
             elif not isinstance(leave, ast.Continue):
                 self.unseen.append(leave)
@@ -1304,8 +1471,11 @@ class StepSpots:
         """Enclosing `if`s within the loop that do not step on every path, and the branch taken."""
         around = list(self.script.above(site))
         inside = around[: [parent for parent, _ in around].index(self.loop)]
-        return [(parent, child in parent.body) for parent, child in reversed(inside)
-                if isinstance(parent, ast.If) and not self._always(parent)]
+        return [
+            (parent, child in parent.body)
+            for parent, child in reversed(inside)
+            if isinstance(parent, ast.If) and not self._always(parent)
+        ]
 
     def _always(self, test: ast.If) -> bool:
         """Both branches step."""
@@ -1315,7 +1485,8 @@ class StepSpots:
         if isinstance(stmt, ast.If):
             return self._always(stmt)
         by_hand = isinstance(stmt, ast.For) and any(
-            getattr(node, "attr", "") == "grad" for node in own(stmt))
+            getattr(node, "attr", "") == "grad" for node in own(stmt)
+        )
         return by_hand or any(self.script.inside(site, stmt) for site in self.n.nest.sites)
 
     def _ends(self, block: list[ast.stmt], first: int) -> list[StepSpot]:
@@ -1339,10 +1510,13 @@ class StepSpots:
         return Spot(block, index)
 
     def _exits(self, stmts: Sequence[ast.stmt]) -> list[ast.stmt]:
-        return [node for node in own_all(stmts)
-                if isinstance(node, EXITS) and node.lineno > self.n.last_site
-                and (isinstance(node, ast.Return)
-                     or self.script.loops_around(node)[0] is self.loop)]
+        return [
+            node
+            for node in own_all(stmts)
+            if isinstance(node, EXITS)
+            and node.lineno > self.n.last_site
+            and (isinstance(node, ast.Return) or self.script.loops_around(node)[0] is self.loop)
+        ]
 
     def _before(self, leave: ast.stmt) -> list[StepSpot]:
         spot, owner = self.script.home[leave], self.script.parent[leave]
@@ -1357,15 +1531,29 @@ class StepSpots:
         return []
 
     def _words(self) -> str:
-        texts = [ast.unparse(test.test) if taken else f"not ({ast.unparse(test.test)})"
-                 for test, taken in self.conditions]
+        texts = [
+            ast.unparse(test.test) if taken else f"not ({ast.unparse(test.test)})"
+            for test, taken in self.conditions
+        ]
         return texts[0] if len(texts) == 1 else " and ".join(f"({text})" for text in texts)
 
     @staticmethod
     def _pure(test: ast.expr, changing: Sequence[ast.stmt]) -> bool:
         """Only names, numbers and comparisons, none of them assigned in `changing`."""
-        allowed = (ast.Name, ast.Attribute, ast.Constant, ast.BinOp, ast.UnaryOp, ast.BoolOp,
-                   ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)
+        allowed = (
+            ast.Name,
+            ast.Attribute,
+            ast.Constant,
+            ast.BinOp,
+            ast.UnaryOp,
+            ast.BoolOp,
+            ast.Compare,
+            ast.operator,
+            ast.unaryop,
+            ast.boolop,
+            ast.cmpop,
+            ast.expr_context,
+        )
         simple = all(isinstance(n, allowed) or called(n) == "len" for n in walk(test))
         written = {name for node in own_all(changing) for name in targets(node)}
         return simple and not any(dotted(n) in written for n in walk(test))
@@ -1391,8 +1579,10 @@ class Losses:
             found.setdefault(loss.name, loss)
         self.found = list(found.values())
         if not found and not self._in_helper():
-            nest.out.note(nest.nest.sites[0], "the loss of this step has no name that can be "
-                                              "logged; steps are logged without it")
+            nest.out.note(
+                nest.nest.sites[0],
+                "the loss of this step has no name that can be logged; steps are logged without it",
+            )
 
     def propagated(self) -> Iterator[tuple[ast.Call, ast.expr]]:
         """The calls of this loop that back-propagate, and what they do."""
@@ -1438,8 +1628,11 @@ class Losses:
             divisor: ast.expr | None = None
             if isinstance(stmt, ast.AugAssign) and isinstance(stmt.op, ast.Div):
                 divisor = value
-            elif (isinstance(value, ast.BinOp) and isinstance(value.op, ast.Div)
-                  and dotted(value.left) == name):
+            elif (
+                isinstance(value, ast.BinOp)
+                and isinstance(value.op, ast.Div)
+                and dotted(value.left) == name
+            ):
                 divisor = value.right
             if dotted(divisor) and re.search(r"accum|micro|grad", dotted(divisor)):
                 return f"{name}.detach() * {dotted(divisor)}"
@@ -1450,8 +1643,9 @@ class Losses:
         for site in self.n.nest.sites:
             stmt = self.script.stmt_of(site)
             if isinstance(site, ast.Call) and isinstance(stmt, ast.Assign) and stmt.value is site:
-                yield from (Loss(name, name, site) for name in targets(stmt)
-                            if LOSS_NAME.search(last(name)))
+                yield from (
+                    Loss(name, name, site) for name in targets(stmt) if LOSS_NAME.search(last(name))
+                )
 
     def _in_helper(self) -> bool:
         """The step is in a helper that keeps the loss to itself: log it there."""
@@ -1460,8 +1654,11 @@ class Losses:
             if scope is self.n.scope:
                 continue
             spot = Spot(scope.body, len(scope.body) - isinstance(scope.body[-1], ast.Return))
-            names = [dotted(propagated(call, self.n.roles)) for call in self.script.calls
-                     if self.script.scope_of(call) is scope]
+            names = [
+                dotted(propagated(call, self.n.roles))
+                for call in self.script.calls
+                if self.script.scope_of(call) is scope
+            ]
             for name in names:
                 if name and "." not in name and name in self.script.bound(spot):
                     return self.n.add(spot, "step", f'{self.n.obs}.log({{"loss/train": {name}}})')
@@ -1487,15 +1684,18 @@ def propagated(call: ast.Call, roles: Roles) -> ast.expr | None:
 # --- The batch -------------------------------------------------------------------------------
 LANGUAGE = re.compile(r"block_size|seq_len|vocab|bptt|context_len|n_ctx|tokenizer|token", re.I)
 NOT_BATCH = re.compile(
-    r"\.|loss|^(?:[ijk_]|it|idx|step|epoch|logits)$|^(?:out|pred|hid|batch_i|iter)")
+    r"\.|loss|^(?:[ijk_]|it|idx|step|epoch|logits)$|^(?:out|pred|hid|batch_i|iter)"
+)
 # Only what a numpy array or a batch object of a library has not.
 TENSOR_METHODS = re.compile(r"^(?:float|long|unsqueeze|numel|permute|contiguous|pin_memory|size)$")
 TENSOR_MAKERS = re.compile(
     r"^torch\.(?:stack|randn?|randint|tensor|from_numpy|zeros|ones|cat|arange|as_tensor|empty|"
-    r"normal|linspace|(?:Long|Float)Tensor)$")
+    r"normal|linspace|(?:Long|Float)Tensor)$"
+)
 TAKES_TENSORS = re.compile(
     r"^(?:torch|F)\.(?!.*\butils\.)(?:\w+\.)*"
-    r"(?!tensor|as_tensor|from_numpy|device|manual_seed|load|save|no_grad)[a-z]\w*$")
+    r"(?!tensor|as_tensor|from_numpy|device|manual_seed|load|save|no_grad)[a-z]\w*$"
+)
 
 
 class Batch:
@@ -1518,8 +1718,9 @@ class Batch:
         names = [] if isinstance(loop, ast.While) or is_range(loop.iter) else targets(loop)
         for node in own_all(loop.body):
             if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Call, ast.Tuple)):
-                names += [name for t in node.targets if isinstance(t, ast.Tuple)
-                          for name in names_in(t)]
+                names += [
+                    name for t in node.targets if isinstance(t, ast.Tuple) for name in names_in(t)
+                ]
         return [name for name in names if not NOT_BATCH.search(name)]
 
     def _is_tensor(self, name: str) -> bool:
@@ -1528,16 +1729,25 @@ class Batch:
         made = [b for b in self.script.bindings.get(name, []) if b.scope is scope]
         if any(re.search(r"numpy|tolist|item\(\)|\bnp\.", ast.unparse(b.value)) for b in made):
             return False
-        return (any(self._used_as_tensor(node, name) for node in own_all(self.n.scope.body))
-                or any(self._gives_tensor(b.value, b.index, scope, 3) for b in made))
+        return any(self._used_as_tensor(node, name) for node in own_all(self.n.scope.body)) or any(
+            self._gives_tensor(b.value, b.index, scope, 3) for b in made
+        )
 
     def _used_as_tensor(self, node: ast.AST, name: str) -> bool:
         receiver, method = method_call(node)
         if receiver == name:  # an element of a batch tuple that is moved to a device is one
             return bool(TENSOR_METHODS.match(method)) or (
-                method in {"to", "cuda"} and name in self._elements())
-        given = [method_call(arg)[0] or dotted(arg) for arg in getattr(node, "args", [])
-                 if isinstance(arg, (ast.Name, ast.Call))] if isinstance(node, ast.Call) else []
+                method in {"to", "cuda"} and name in self._elements()
+            )
+        given = (
+            [
+                method_call(arg)[0] or dotted(arg)
+                for arg in getattr(node, "args", [])
+                if isinstance(arg, (ast.Name, ast.Call))
+            ]
+            if isinstance(node, ast.Call)
+            else []
+        )
         return name in given and bool(TAKES_TENSORS.match(self.script.resolve(node.func)))  # type: ignore[attr-defined]
 
     def _elements(self) -> list[str]:
@@ -1546,16 +1756,23 @@ class Batch:
         if isinstance(loop, ast.While):
             return []
         counted = isinstance(loop.iter, ast.Call) and dotted(loop.iter.func) == "enumerate"
-        return [dotted(element) for part in walk(loop.target) if isinstance(part, ast.Tuple)
-                and not (counted and part is loop.target) for element in part.elts]
+        return [
+            dotted(element)
+            for part in walk(loop.target)
+            if isinstance(part, ast.Tuple) and not (counted and part is loop.target)
+            for element in part.elts
+        ]
 
-    def _gives_tensor(self, expr: ast.expr | None, index: int | None, scope: Scope,
-                      depth: int) -> bool:
+    def _gives_tensor(
+        self, expr: ast.expr | None, index: int | None, scope: Scope, depth: int
+    ) -> bool:
         """Whether torch made this value, also through a slice or a function of this file."""
         if isinstance(expr, ast.Name):
-            return depth > 0 and any(self._gives_tensor(b.value, b.index, scope, depth - 1)
-                                     for b in self.script.bindings.get(expr.id, [])
-                                     if b.scope in (scope, self.script.tree))
+            return depth > 0 and any(
+                self._gives_tensor(b.value, b.index, scope, depth - 1)
+                for b in self.script.bindings.get(expr.id, [])
+                if b.scope in (scope, self.script.tree)
+            )
         if isinstance(expr, ast.Subscript):
             cut = any(isinstance(node, ast.Slice) for node in walk(expr.slice))
             return cut and self._gives_tensor(expr.value, None, scope, depth)
@@ -1565,7 +1782,8 @@ class Batch:
             return self._gives_tensor(expr.func.value, None, scope, depth)
         helper = self.script.definition(expr)
         return bool(TENSOR_MAKERS.match(self.script.resolve(expr.func))) or bool(
-            helper and self._gives_tensor(returned(helper, index), None, helper, depth - 1))
+            helper and self._gives_tensor(returned(helper, index), None, helper, depth - 1)
+        )
 
     def _times(self) -> str:
         """` * n` when n batches make one step."""
@@ -1575,8 +1793,12 @@ class Batch:
             for loop in loops[: loops.index(self.n.inner)]:
                 if isinstance(loop, ast.For) and called(loop.iter) == "range":
                     counts += loop.iter.args[-1:]  # type: ignore[attr-defined]
-        counts += [n.right for test, _ in self.n.spots.conditions for n in walk(test.test)
-                   if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Mod)]
+        counts += [
+            n.right
+            for test, _ in self.n.spots.conditions
+            for n in walk(test.test)
+            if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Mod)
+        ]
         count = ast.unparse(counts[-1]) if counts else "1"
         return f" * {count}" if re.fullmatch(r"[\w.]+", count) and count != "1" else ""
 
@@ -1597,8 +1819,15 @@ Refusal = tuple[ast.AST, str]
 
 def refusals(n: NestPatcher) -> list[Refusal]:
     """Why a resume of this loop could not be exact: the first finding of each rule."""
-    rules = (_several_runs, _state_outside, _optimizer_made_again, _optimizer_without_state,
-             _scheduler_steps_first, _reads_in_the_middle, _left_unseen)
+    rules = (
+        _several_runs,
+        _state_outside,
+        _optimizer_made_again,
+        _optimizer_without_state,
+        _scheduler_steps_first,
+        _reads_in_the_middle,
+        _left_unseen,
+    )
     return [found for rule in rules for found in list(rule(n))[:1]]
 
 
@@ -1634,18 +1863,29 @@ def _moves_on(n: NestPatcher, name: str, method: str) -> bool:
     """An object made before the loop that changes with it: a batch source, a buffer."""
     if "ema" in method.split("_"):  # weights averaged where no name of the script shows them
         return True
-    if (name in n.models or n.roles.scheduler(name) or n.roles.optimizer(name)
-            or SCALER_NAME.search(name) or name.partition(".")[0] in n.script.imports):
+    if (
+        name in n.models
+        or n.roles.scheduler(name)
+        or n.roles.optimizer(name)
+        or SCALER_NAME.search(name)
+        or name.partition(".")[0] in n.script.imports
+    ):
         return False
-    made = [c for b in n.script.bindings.get(name, []) if b.stmt not in own_set(n.outer)
-            for c in makers(b.value)]
+    made = [
+        c
+        for b in n.script.bindings.get(name, [])
+        if b.stmt not in own_set(n.outer)
+        for c in makers(b.value)
+    ]
     classes = {called(call) for call in made if called(call)[:1].isupper()}
     if any(map(KEEPS_NO_STATE.search, classes)):
         return False
     return bool(classes and MOVES_ON.search(method)) or any(
-        f.name == method and getattr(n.script.class_of(f), "name", "") in classes
+        f.name == method
+        and getattr(n.script.class_of(f), "name", "") in classes
         and any(t.startswith("self.") for node in own_all(f.body) for t in targets(node))
-        for f in n.script.functions)
+        for f in n.script.functions
+    )
 
 
 def _optimizer_made_again(n: NestPatcher) -> Iterator[Refusal]:
@@ -1670,14 +1910,21 @@ def _scheduler_steps_first(n: NestPatcher) -> Iterator[Refusal]:
         for node in own_all(prelude(loop, inner)):
             name, method = method_call(node)
             if method == "step" and n.roles.scheduler(name):
-                yield node, ("the scheduler steps at the top of an epoch: a resumed epoch would "
-                             "step it twice")
+                yield (
+                    node,
+                    (
+                        "the scheduler steps at the top of an epoch: a resumed epoch would "
+                        "step it twice"
+                    ),
+                )
 
 
 def _reads_in_the_middle(n: NestPatcher) -> Iterator[Refusal]:
-    if any(map(reads_next, n.inner.body[first_unread(n.inner):])):
-        yield n.inner, ("next() is called in the middle of the iteration; a resumed run cannot "
-                        "pass over it")
+    if any(map(reads_next, n.inner.body[first_unread(n.inner) :])):
+        yield (
+            n.inner,
+            ("next() is called in the middle of the iteration; a resumed run cannot pass over it"),
+        )
 
 
 def first_unread(loop: Loop) -> int:
@@ -1686,8 +1933,10 @@ def first_unread(loop: Loop) -> int:
 
 
 def reads_next(stmt: ast.stmt) -> bool:
-    return any(isinstance(n, ast.Call) and dotted(n.func) == "next" and n.args and dotted(n.args[0])
-               for n in own(stmt))
+    return any(
+        isinstance(n, ast.Call) and dotted(n.func) == "next" and n.args and dotted(n.args[0])
+        for n in own(stmt)
+    )
 
 
 def prelude(loop: Loop, inner: ast.AST) -> list[ast.stmt]:
@@ -1760,8 +2009,11 @@ class Carried:
     def _carried(self, loop: Loop) -> list[str]:
         """Names bound before the loop, assigned in it, and read before they are assigned there."""
         written = dict.fromkeys(
-            name for node in own_all(loop.body) for name in targets(node)
-            if not isinstance(node, (ast.Import, ast.ImportFrom, *DEFINITIONS)))
+            name
+            for node in own_all(loop.body)
+            for name in targets(node)
+            if not isinstance(node, (ast.Import, ast.ImportFrom, *DEFINITIONS))
+        )
         flow = Flow()
         if isinstance(loop, ast.While):
             flow.read(loop.test, frozenset())
@@ -1771,40 +2023,68 @@ class Carried:
         read = flow.unbound.keys() | self._closed_over(loop)
         bound = self.script.bound(self.script.home[loop])
         names = [
-            name for name in written if name in read and self._is_local(name, loop)
+            name
+            for name in written
+            if name in read
+            and self._is_local(name, loop)
             # An attribute of a name that is bound anew each time is not carried itself.
             and not ("." in name and name.partition(".")[0] in written)
-            and not self._is_known(name)]
+            and not self._is_known(name)
+        ]
         self._refuse_unbound(loop, [name for name in names if name in direct - bound])
         names = [name for name in names if name in bound and self._is_plain(name)]
         filled = dict.fromkeys(name for node in own_all(loop.body) for name in mutated(node))
-        return [*names, *(name for name in filled if name in bound and name not in names
-                          and self._is_local(name, loop) and self._is_container(name))]
+        return [
+            *names,
+            *(
+                name
+                for name in filled
+                if name in bound
+                and name not in names
+                and self._is_local(name, loop)
+                and self._is_container(name)
+            ),
+        ]
 
     def _refuse_unbound(self, loop: Loop, names: list[str]) -> None:
         for name in names:
             if not LOSS_NAME.search(name) and not METRIC_NAME.search(name):  # only shown
-                self.n.refuse(loop, f"{name} goes from one iteration to the next, but is not "
-                                    f"certainly bound before the loop")
+                self.n.refuse(
+                    loop,
+                    f"{name} goes from one iteration to the next, but is not "
+                    f"certainly bound before the loop",
+                )
 
     def _closed_over(self, loop: Loop) -> Names:
         """Names of this scope that functions of the script read."""
         return frozenset(
-            name for f in self.script.functions if f is not self.script.scope_of(loop)
-            for name in loads(own_all(f.body)) - locals_of(f) if "." not in name)
+            name
+            for f in self.script.functions
+            if f is not self.script.scope_of(loop)
+            for name in loads(own_all(f.body)) - locals_of(f)
+            if "." not in name
+        )
 
     def _is_local(self, name: str, loop: Loop) -> bool:
         scope = self.script.scope_of(loop)
-        return "." in name or name in locals_of(scope) or any(
-            name in n.names for n in own_all(scope.body)
-            if isinstance(n, (ast.Global, ast.Nonlocal)))
+        return (
+            "." in name
+            or name in locals_of(scope)
+            or any(
+                name in n.names
+                for n in own_all(scope.body)
+                if isinstance(n, (ast.Global, ast.Nonlocal))
+            )
+        )
 
     def _is_known(self, name: str) -> bool:
         """What a checkpoint holds anyway, or what shows something on a screen."""
         roles = self.n.roles
         return bool(NOT_CARRIED.search(last(name))) or (
             name in [*self.n.optimizers, *self.n.models]
-            or roles.made_by(name, OPTIMIZER_CALL) or roles.made_by(name, SCHEDULER_CALL))
+            or roles.made_by(name, OPTIMIZER_CALL)
+            or roles.made_by(name, SCHEDULER_CALL)
+        )
 
     def _is_plain(self, name: str) -> bool:
         """Whether a value can be put into a checkpoint as it is."""
@@ -1814,8 +2094,10 @@ class Carried:
         for call in calls:
             kind = called(call)
             if kind in HOLDS_A_POSITION or (kind[:1].isupper() and not kind.endswith("Tensor")):
-                self.n.out.note(call, f"{name} is an object of {dotted(call.func)}; a resume does "
-                                      f"not restore it")
+                self.n.out.note(
+                    call,
+                    f"{name} is an object of {dotted(call.func)}; a resume does not restore it",
+                )
                 return False
         return True
 
@@ -1823,7 +2105,8 @@ class Carried:
         made = self.script.bindings.get(name, [])
         literals = (ast.List, ast.Dict, ast.ListComp, ast.DictComp)
         return bool(made) and all(
-            isinstance(b.value, literals) or called(b.value) in {"list", "dict"} for b in made)
+            isinstance(b.value, literals) or called(b.value) in {"list", "dict"} for b in made
+        )
 
     def _left_behind(self, inner: Loop) -> list[str]:
         """Names that only the batch loop binds and that are read after it: a run that resumes at
@@ -1833,8 +2116,11 @@ class Carried:
         end = self.script.bound(Spot(inner.body, len(inner.body)))
         flow = Flow()
         flow.block(self.script.after(inner), start)
-        return [name for name in flow.unbound
-                if name in end & written & locals_of(self.n.scope) and name not in start]
+        return [
+            name
+            for name in flow.unbound
+            if name in end & written & locals_of(self.n.scope) and name not in start
+        ]
 
 
 def mutated(node: ast.AST) -> list[str]:
@@ -1868,11 +2154,16 @@ class Evaluations:
     def _evaluates(self, call: ast.Call) -> bool:
         """Named like an evaluation, and called while the run is open."""
         name, scope = called(call), self.script.scope_of(call)
-        if (not EVAL_NAME.search(name) or NOT_EVAL_NAME.search(name) or scope not in self.scopes
-                or self.script.resolve(call.func).startswith(("torch.", "numpy."))):
+        if (
+            not EVAL_NAME.search(name)
+            or NOT_EVAL_NAME.search(name)
+            or scope not in self.scopes
+            or self.script.resolve(call.func).startswith(("torch.", "numpy."))
+        ):
             return False
         return self._in_nest(call) or (
-            scope is self.n.outer_scope and call.lineno > self.n.outer.lineno)
+            scope is self.n.outer_scope and call.lineno > self.n.outer.lineno
+        )
 
     def _open_at(self, call: ast.Call) -> bool:
         """In the block that `finish` ends, or in one within it."""
@@ -1906,8 +2197,11 @@ class Evaluations:
         for index, name in enumerate(names):
             value = returned(helper, index if len(names) > 1 else None) if helper else None
             mapping = isinstance(value, (ast.Tuple, ast.Dict, ast.DictComp))
-            by_return = value is not None and not mapping and any(
-                LOSS_NAME.search(last(dotted(n))) for n in walk(value))
+            by_return = (
+                value is not None
+                and not mapping
+                and any(LOSS_NAME.search(last(dotted(n))) for n in walk(value))
+            )
             if by_return or LOSS_NAME.search(last(name)):
                 return name
         return ""
@@ -1958,23 +2252,36 @@ class Evaluations:
         """`losses.avg`, of a meter that the function fills and prints."""
         read = loads(own_all(helper.body))
         if "self.avg" in map(dotted, self.script.nodes):
-            read |= {f"{name}.avg" for name in self.script.bindings
-                     for b in self.script.bindings[name]
-                     if b.scope is helper and called(b.value).endswith("Meter")}
-        return sorted(name for name in read if last(name) in {"avg", "global_avg"}
-                      and name.partition(".")[0] in bound and LOSS_NAME.search(name))
+            read |= {
+                f"{name}.avg"
+                for name in self.script.bindings
+                for b in self.script.bindings[name]
+                if b.scope is helper and called(b.value).endswith("Meter")
+            }
+        return sorted(
+            name
+            for name in read
+            if last(name) in {"avg", "global_avg"}
+            and name.partition(".")[0] in bound
+            and LOSS_NAME.search(name)
+        )
 
     def _written_out(self) -> bool:
         """Evaluation in the loop itself: behind the last `val_loss /= n`."""
-        recorded = [self._after_last(name) for name in self.script.bindings
-                    if HELD_OUT_LOSS.search(name) and "." not in name
-                    and not NOT_A_VALUE.search(name)]
+        recorded = [
+            self._after_last(name)
+            for name in self.script.bindings
+            if HELD_OUT_LOSS.search(name) and "." not in name and not NOT_A_VALUE.search(name)
+        ]
         return any(recorded)
 
     def _after_last(self, name: str) -> bool:
-        mine = [b for b in self.script.bindings[name]
-                if (b.scope in self.scopes and self._in_nest(b.stmt))
-                or (b.scope in self.helpers and not self.script.loops_around(b.stmt))]
+        mine = [
+            b
+            for b in self.script.bindings[name]
+            if (b.scope in self.scopes and self._in_nest(b.stmt))
+            or (b.scope in self.helpers and not self.script.loops_around(b.stmt))
+        ]
         if not mine or any(EVAL_NAME.search(called(c)) for c in makers(mine[-1].value)):
             return False
         stmt = max((b.stmt for b in mine), key=lambda s: s.lineno)
@@ -1989,10 +2296,18 @@ class Evaluations:
         """`for phase in ["train", "val"]`: record the epoch's value of the second."""
         for loop in self.n.nest.loops:
             phase = getattr(getattr(loop, "target", None), "id", "")
-            words = [n.value for n in walk(getattr(loop, "iter", loop.body[0]))
-                     if isinstance(n, ast.Constant) and HELD_OUT.search(str(n.value))]
-            found = [(i, name) for i, stmt in enumerate(loop.body) if not isinstance(stmt, LOOPS)
-                     for name in targets(stmt) if LOSS_NAME.search(name)]
+            words = [
+                n.value
+                for n in walk(getattr(loop, "iter", loop.body[0]))
+                if isinstance(n, ast.Constant) and HELD_OUT.search(str(n.value))
+            ]
+            found = [
+                (i, name)
+                for i, stmt in enumerate(loop.body)
+                if not isinstance(stmt, LOOPS)
+                for name in targets(stmt)
+                if LOSS_NAME.search(name)
+            ]
             if phase and words and found and isinstance(words[0], str):
                 index, name = found[-1]
                 code = f'if {phase} == "{words[0]}": {self.n.obs}.validation({name})'
@@ -2000,8 +2315,9 @@ class Evaluations:
         return False
 
 
-def worked_out(helper: Function, pattern: re.Pattern[str],
-               kinds: tuple[type, ...] = (ast.expr,)) -> list[str]:
+def worked_out(
+    helper: Function, pattern: re.Pattern[str], kinds: tuple[type, ...] = (ast.expr,)
+) -> list[str]:
     """Names of plain numbers that a function works out itself, the last written last."""
     found: dict[str, None] = {}
     containers = (ast.List, ast.Dict, ast.ListComp, ast.Lambda)
@@ -2028,7 +2344,8 @@ def patched(script: Script, insertions: Sequence[Insertion]) -> bytes:
             added.setdefault(item.line, []).append(text.encode(encoding))
         except UnicodeEncodeError as error:
             raise PatchError(
-                f"{script.name}: {item.code!r} does not fit its encoding {encoding}") from error
+                f"{script.name}: {item.code!r} does not fit its encoding {encoding}"
+            ) from error
     return _compiled(_woven(script.data, added, script.name), script.name)
 
 
@@ -2048,9 +2365,11 @@ def _woven(data: bytes, added: dict[int, list[bytes]], name: str) -> bytes:
         out.append(row)
     result = b"".join(out)
     if reverse(result) != data:
-        raise PatchError(f"{name}: the patch could not be taken back byte for byte: a line of the "
-                         f"script ends in {MARK!r}, or one of the patch does not end in it; "
-                         f"nothing was written")
+        raise PatchError(
+            f"{name}: the patch could not be taken back byte for byte: a line of the "
+            f"script ends in {MARK!r}, or one of the patch does not end in it; "
+            f"nothing was written"
+        )
     return result
 
 
@@ -2060,8 +2379,9 @@ def _compiled(source: bytes, name: str) -> bytes:
             warnings.simplefilter("ignore")
             compile(source, name, "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
-        raise PatchError(f"{name}: the patched script would not compile ({error}); nothing was "
-                         f"written") from error
+        raise PatchError(
+            f"{name}: the patched script would not compile ({error}); nothing was written"
+        ) from error
     return source
 
 
@@ -2081,8 +2401,9 @@ def is_marked(row: bytes) -> bool:
 def unified(before: bytes, after: bytes, name: str, context: int = 3) -> str:
     old, new = ([row.decode("utf-8", "replace") for row in split_lines(d)] for d in (before, after))
     lines = difflib.unified_diff(old, new, f"a/{name}", f"b/{name}", n=context)
-    return "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n"
-                   for line in lines)
+    return "".join(
+        line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in lines
+    )
 
 
 # --- Ready patches, pinned to one file -------------------------------------------------------
@@ -2090,8 +2411,11 @@ def pin(before: bytes, after: bytes, name: str) -> str:
     """A patch that holds added lines only, and the sha256 of the one file that it fits."""
     diff = unified(before, after, name, context=0)
     body = [re.sub(r"^(@@ .* @@).*", r"\1", line) for line in diff.splitlines()]
-    head = [f"# target: {name}", f"# sha256: {_digest(before)}",
-            f"# patched-sha256: {_digest(after)}"]
+    head = [
+        f"# target: {name}",
+        f"# sha256: {_digest(before)}",
+        f"# patched-sha256: {_digest(after)}",
+    ]
     return "\n".join([*head, *body]) + "\n"
 
 
@@ -2105,7 +2429,8 @@ def apply_pinned(data: bytes, patch: str, name: str) -> bytes:
             raise PatchError(f"{name}: already patched; --reverse gives the original back")
         raise PatchError(
             f"{name}: sha256 {_digest(data)[:12]}… is not the {wanted['sha256'][:12]}… that this "
-            f"patch was made for; run autopatch.py on the file instead")
+            f"patch was made for; run autopatch.py on the file instead"
+        )
     result = _woven(data, _added_lines(patch), name)
     if wanted.get("patched-sha256", _digest(result)) != _digest(result):
         raise PatchError(f"{name}: the result is not what the patch promises; is it damaged?")
@@ -2121,8 +2446,10 @@ def _added_lines(patch: str) -> dict[int, list[bytes]]:
         elif row.startswith("+") and not row.startswith("+++"):
             added.setdefault(line, []).append(row[1:].encode())
         elif row.startswith(("-", "@@", " ")) and not row.startswith("---"):
-            raise PatchError("this patch removes a line or needs lines of the script; only added "
-                             "lines with no context are taken")
+            raise PatchError(
+                "this patch removes a line or needs lines of the script; only added "
+                "lines with no context are taken"
+            )
     return added
 
 
@@ -2172,8 +2499,14 @@ def drop_backup(path: Path, data: bytes) -> None:
 def uncommitted(path: Path) -> str:
     """What git would lose if the file were overwritten; '' when committed, or outside of git."""
     try:
-        done = subprocess.run(["git", "status", "--porcelain", "--", path.name], timeout=10,
-                              cwd=path.resolve().parent, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", "status", "--porcelain", "--", path.name],
+            timeout=10,
+            cwd=path.resolve().parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
     if done.stdout.startswith("??"):
@@ -2208,18 +2541,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0],
-                                     epilog="exit status: 0 found, 1 nothing to patch, 2 error")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="exit status: 0 found, 1 nothing to patch, 2 error",
+    )
     parser.add_argument("script", type=Path, help="the training script")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--write", action="store_true", help="apply it; a backup is kept")
     what.add_argument("--reverse", action="store_true", help="remove the added lines again")
     what.add_argument("--check", action="store_true", help="say what was found, and how surely")
     what.add_argument("--patch", type=Path, metavar="FILE", help="apply a ready, pinned patch")
-    what.add_argument("--pin", action="store_true",
-                      help="print the diff, or the lines that are there, as a ready patch")
-    parser.add_argument("--only", type=_parts, default=PARTS, metavar="PARTS",
-                        help="how deep: log, validation, resume, separated by commas")
+    what.add_argument(
+        "--pin",
+        action="store_true",
+        help="print the diff, or the lines that are there, as a ready patch",
+    )
+    parser.add_argument(
+        "--only",
+        type=_parts,
+        default=PARTS,
+        metavar="PARTS",
+        help="how deep: log, validation, resume, separated by commas",
+    )
     parser.add_argument("--json", action="store_true", help="with --check: as JSON")
     return parser
 
@@ -2278,10 +2621,13 @@ def _already_patched(options: argparse.Namespace, path: Path, data: bytes) -> No
     marked = [(i, row) for i, row in enumerate(split_lines(data), 1) if is_marked(row)]
     for line, row in marked:
         if not OURS.match(row.decode("utf-8", "replace")):
-            raise PatchError(f"{path}:{line}: this line ends in {MARK!r} but is not one of ours; "
-                             f"change its ending first")
-    print(f"{path}: already patched ({len(marked)} lines); --reverse takes them out",
-          file=sys.stderr)
+            raise PatchError(
+                f"{path}:{line}: this line ends in {MARK!r} but is not one of ours; "
+                f"change its ending first"
+            )
+    print(
+        f"{path}: already patched ({len(marked)} lines); --reverse takes them out", file=sys.stderr
+    )
 
 
 def describe(found: Plan, name: str) -> str:

@@ -108,19 +108,25 @@ class Recording:
             raise Unanswered(f"{script} is not patched yet: {self.failure}")
         for entry in self.entries:
             if entry.bits.startswith(UNREADABLE):
-                raise Unanswered(f"{script} has a tensor that cannot be read, {entry.kind} "
-                                 f"{entry.place}: {entry.bits}")  # fmt: skip
+                raise Unanswered(
+                    f"{script} has a tensor that cannot be read, {entry.kind} "
+                    f"{entry.place}: {entry.bits}"
+                )
         if not self.of("loss"):
-            raise Unanswered(f"{script} back-propagated no loss in its own process; "
-                             "a process that it starts is not watched")  # fmt: skip
+            raise Unanswered(
+                f"{script} back-propagated no loss in its own process; "
+                "a process that it starts is not watched"
+            )
 
 
 def compare(originals: Sequence[Recording], patched: Sequence[Recording]) -> dict[str, Any]:
     first, theirs = originals[0], patched[-1]
     own = _first([difference(first, other) for other in originals[1:]])
     found = _first([difference(first, other) for other in patched])
-    drift, their_drift = (max((drift_of(first, other) for other in runs), default=0.0)
-                          for runs in (originals, patched))  # fmt: skip
+    drift, their_drift = (
+        max((drift_of(first, other) for other in runs), default=0.0)
+        for runs in (originals, patched)
+    )
     within = own is not None and their_drift <= SLACK * drift
     verdict = "identical" if not (own or found) else "within own drift" if within else "differs"
     said = [line for line in theirs.output.splitlines() if line.startswith("observability: ")]
@@ -160,8 +166,10 @@ def _first(found: Sequence[Difference | None]) -> Difference | None:
 def drift_of(one: Recording, other: Recording) -> float:
     """The mean distance of two losses or values at one place in their order: of few runs it says
     more than the largest, which one spike decides."""
-    pairs = [*zip(one.of("loss"), other.of("loss"), strict=False),
-             *zip(one.of("value"), other.of("value"), strict=False)]  # fmt: skip
+    pairs = [
+        *zip(one.of("loss"), other.of("loss"), strict=False),
+        *zip(one.of("value"), other.of("value"), strict=False),
+    ]
     apart = [abs((a.value or 0.0) - (b.value or 0.0)) for a, b in pairs if a.bits != b.bits]
     mean = math.fsum(apart) / max(1, len(pairs))
     return mean if math.isfinite(mean) else math.inf
@@ -173,8 +181,12 @@ def cost(originals: Sequence[Recording], patched: Sequence[Recording]) -> dict[s
     def medians(runs: Sequence[Recording]) -> Iterator[float]:
         return map(statistics.median, zip(*map(times, runs), strict=True))
 
-    rows = zip(("wall_s", "cpu_s", "wall_ms_a_step", "cpu_ms_a_step"),
-               medians(originals), medians(patched), strict=True)  # fmt: skip
+    rows = zip(
+        ("wall_s", "cpu_s", "wall_ms_a_step", "cpu_ms_a_step"),
+        medians(originals),
+        medians(patched),
+        strict=True,
+    )
     return {name: {"original": ours, "patched": theirs} for name, ours, theirs in rows}
 
 
@@ -217,9 +229,15 @@ class Kills:
         for number, point in enumerate([*self.points(draw), None]):
             steps_at = {entry.bits: entry.step for entry in self.whole[:done] if entry.kind == "at"}
             part = self.bench.run(
-                "to the end" if point is None else f"kill {number + 1}", self.bench.patched,
-                fresh=number == 0, marks=True, env=self.env, steps_at=steps_at,
-                kill_after=point and point - done, settled=number % 2 == 0)  # fmt: skip
+                "to the end" if point is None else f"kill {number + 1}",
+                self.bench.patched,
+                fresh=number == 0,
+                marks=True,
+                env=self.env,
+                steps_at=steps_at,
+                kill_after=point and point - done,
+                settled=number % 2 == 0,
+            )
             at, entries = self.place(part, done)
             rest = self.whole[at:] if part.code == 0 else self.whole[at : at + len(entries)]
             found = first_difference(rest, entries)
@@ -227,8 +245,13 @@ class Kills:
                 return self.report("differs", part.failure if part.code > 0 else "", found)
             done = at + len(entries)
         resumed = any(run["resumed_at"] is not None for run in self.runs)
-        return self.report(*(("identical", "") if resumed else (
-            "unanswered", "no kill left a checkpoint to resume from")))  # fmt: skip
+        return self.report(
+            *(
+                ("identical", "")
+                if resumed
+                else ("unanswered", "no kill left a checkpoint to resume from")
+            )
+        )
 
     def points(self, draw: random.Random) -> list[int]:
         """How many entries of the uninterrupted run are through at each kill."""
@@ -254,8 +277,13 @@ class Kills:
         return at, [entry for entry in entries if entry.kind != "done"]
 
     def report(self, verdict: str, why: str, found: Difference | None = None) -> dict[str, Any]:
-        return {"verdict": verdict, "why": why, "first_difference": found, "runs": self.runs,
-                "save_interval": int(self.env["SAVE_INTERVAL"])}  # fmt: skip
+        return {
+            "verdict": verdict,
+            "why": why,
+            "first_difference": found,
+            "runs": self.runs,
+            "save_interval": int(self.env["SAVE_INTERVAL"]),
+        }
 
 
 # --- The runs -------------------------------------------------------------------------------------
@@ -281,8 +309,11 @@ class Bench:
 
     def _patch(self) -> bytes:
         self._place(self.original)
-        done = subprocess.run([sys.executable, HERE / "autopatch.py", "--write", self.script],
-                              capture_output=True, text=True)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, HERE / "autopatch.py", "--write", self.script],
+            capture_output=True,
+            text=True,
+        )
         result = self.script.read_bytes()
         if done.returncode or result == self.original:
             said = (done.stderr or done.stdout).replace(f"{self.script.parent}{os.sep}", "")
@@ -310,8 +341,16 @@ class Bench:
         self._count += 1
         tell(f"run {self._count}: {name}")
         options, result = self.options, self.work / f"{self._count}.jsonl"
-        job = Job(str(self.script), str(self.start), list(options.args), str(result),
-                  str(result.with_suffix(".log")), options.seed, options.steps, **more)  # fmt: skip
+        job = Job(
+            str(self.script),
+            str(self.start),
+            list(options.args),
+            str(result),
+            str(result.with_suffix(".log")),
+            options.seed,
+            options.steps,
+            **more,
+        )
         code = self._run(job)
         output = Path(job.log).read_text("utf-8", "replace").replace(f"{job.root}{os.sep}", "")
         entries = [Entry(*fields) for fields in read_lines(result)] if result.exists() else []
@@ -333,8 +372,14 @@ def fresh_process(job: Job) -> int:
     env = {"PYTHONHASHSEED": str(job.seed % 2**32), "OBS_PLOT_INTERVAL": "0", **given, **job.env}
     with open(job.log, "wb") as log:
         process = subprocess.Popen(
-            [sys.executable, HERE / "recorder.py", asked], cwd=job.root, env=env,
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)  # fmt: skip
+            [sys.executable, HERE / "recorder.py", asked],
+            cwd=job.root,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
     try:
         while process.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -380,21 +425,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(usage="%(prog)s [options] TRAIN.PY [-- ARGS]",
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options] TRAIN.PY [-- ARGS]",
         description=(__doc__ or "").split("\n\n")[0],
-        epilog="exit status: 0 identical, 1 it differs, 2 no answer")  # fmt: skip
+        epilog="exit status: 0 identical, 1 it differs, 2 no answer",
+    )
     add = parser.add_argument
     add("script", type=Path, metavar="TRAIN.PY", help="the training script; its ARGS follow --")
     add("--patched", type=Path, metavar="FILE", help="the patched script, in place of autopatch's")
     add("--root", type=Path, help="folder to copy and to start in; by default the script's")
     add("--start", type=Path, metavar="DIR", help="folder within it to start in instead")
-    add("--link", type=Path, action="append", default=[], metavar="PATH",
-        help="large data in it: only read, and so linked and not copied")  # fmt: skip
+    add(
+        "--link",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="large data in it: only read, and so linked and not copied",
+    )
     add("--seed", type=int, default=0, help="of python, numpy and torch, before the script's own")
     add("--steps", type=int, metavar="N", help="end each run after N optimizer steps")
     add("--kill", type=int, default=0, metavar="N", help="prove resume too, with N kills")
-    add("--pairs", type=int, default=2, metavar="N",
-        help="runs of either script (2); with one, a script that differs from itself is missed")
+    add(
+        "--pairs",
+        type=int,
+        default=2,
+        metavar="N",
+        help="runs of either script (2); with one, a script that differs from itself is missed",
+    )
     add("--json", action="store_true", help="print the report as JSON")
     return parser
 

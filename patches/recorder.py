@@ -121,8 +121,15 @@ class Recorder:
             numpy.random.seed(job.seed % 2**32)
         self.began = time.perf_counter(), time.process_time()
 
-    def note(self, kind: str, bits: str = "", value: float | None = None, place: str = "",
-             *, step: int | None = None) -> None:  # fmt: skip
+    def note(
+        self,
+        kind: str,
+        bits: str = "",
+        value: float | None = None,
+        place: str = "",
+        *,
+        step: int | None = None,
+    ) -> None:
         if os.getpid() != self.pid or self.passes_over():  # a forked worker
             return
         now = time.perf_counter() - self.began[0], time.process_time() - self.began[1]

@@ -72,8 +72,12 @@ def _arguments() -> argparse.Namespace:
 def _machine(device: str) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     python = sys.version.partition(" ")[0]
-    return {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda,
-            "python": python}  # fmt: skip
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": python,
+    }
 
 
 def _wait(device: str) -> None:
@@ -210,8 +214,13 @@ def sync(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     recorded = sum("loss/train" in r["metrics"] and "grad_norm" in r["metrics"] for r in records)
     logged = sum("seen" in r["metrics"] for r in records)
     silent = mode_is_on and recorded == steps and logged == steps
-    return {"silent": silent, "mode_is_on": mode_is_on, "steps": steps, "recorded": recorded,
-            "logged": logged}  # fmt: skip
+    return {
+        "silent": silent,
+        "mode_is_on": mode_is_on,
+        "steps": steps,
+        "recorded": recorded,
+        "logged": logged,
+    }
 
 
 @contextlib.contextmanager
@@ -243,8 +252,9 @@ def recipe(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """
     loop, steps = Recipe(args.device), args.steps
     rounds: list[tuple[float, float, float]] = []
-    with _observed("recipe", scratch, loop.model, optimizer=loop.optimizer,
-                   scheduler=loop.scheduler):  # fmt: skip
+    with _observed(
+        "recipe", scratch, loop.model, optimizer=loop.optimizer, scheduler=loop.scheduler
+    ):
         for observe in (False, True):
             loop.run(max(5, steps // 5), observe)
         for _ in range(args.rounds):
@@ -262,8 +272,12 @@ def recipe(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def _ratios(ratios: list[float]) -> dict[str, Any]:
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios),
-            "all": ratios}  # fmt: skip
+    return {
+        "median": statistics.median(ratios),
+        "min": min(ratios),
+        "max": max(ratios),
+        "all": ratios,
+    }
 
 
 class Recipe:

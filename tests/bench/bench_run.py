@@ -70,8 +70,10 @@ def main() -> None:
             shown = " ".join(f"{ratio:.3f}" for ratio in sorted(found))
             print(f"{name} / alone, {what}: {statistics.median(found):.4f} ({shown})")
     print(f"a step is {1000 * alone[0]:.1f} ms")
-    print(f"added to the loop's processor time: {1e6 * statistics.median(added):.0f} us a step "
-          f"({' '.join(f'{1e6 * each:.0f}' for each in sorted(added))})")
+    print(
+        f"added to the loop's processor time: {1e6 * statistics.median(added):.0f} us a step "
+        f"({' '.join(f'{1e6 * each:.0f}' for each in sorted(added))})"
+    )
 
 
 if __name__ == "__main__":

@@ -155,7 +155,8 @@ class Dcp:
             dcp.save(self.training.state(), storage_writer=writer, no_dist=True)
             return
         self.future = dcp.async_save(
-            self.training.state(), storage_writer=writer, async_stager=self.stager, no_dist=True)
+            self.training.state(), storage_writer=writer, async_stager=self.stager, no_dist=True
+        )
         self.future.add_done_callback(lambda _: setattr(self, "done_at", time.perf_counter()))
 
     def wait(self) -> float:
@@ -259,7 +260,8 @@ def exact(training: Training, ours: Ours) -> bool:
     saved = obs.load_file(path, "model.pth")
     state = obs.load_file(path, "optimizer.pt")["optimizer"][0]["state"]
     return all(torch.equal(saved[n], t.cpu()) for n, t in expected.items()) and all(
-        torch.equal(state[i][k], v.cpu()) for i, s in enumerate(momenta) for k, v in s.items())
+        torch.equal(state[i][k], v.cpu()) for i, s in enumerate(momenta) for k, v in s.items()
+    )
 
 
 def peak_growth(job: Callable[[], Any]) -> int:
@@ -347,8 +349,10 @@ def resume(size: str, device: str, directory: Path) -> dict[str, float]:
 def table(result: dict[str, Any]) -> str:
     ways = result["ways"]
     floor, columns = ways["memcpy"]["blocked"], ("blocked", "loop", "loop_to_durable", "durable")
-    lines = [f"{result['size']} on {result['device']}, {result['bytes'] / 1e6:.0f} MB",
-             f"{'':24}" + "".join(f"{c + ' ms':>20}" for c in columns) + f"{'blocked/memcpy':>16}"]
+    lines = [
+        f"{result['size']} on {result['device']}, {result['bytes'] / 1e6:.0f} MB",
+        f"{'':24}" + "".join(f"{c + ' ms':>20}" for c in columns) + f"{'blocked/memcpy':>16}",
+    ]
     for name, row in ways.items():
         cells = (f"{1000 * row[c]:20.2f}" if c in row else f"{'-':>20}" for c in columns)
         lines.append(f"{name:24}" + "".join(cells) + f"{row['blocked'] / floor:16.2f}")

@@ -60,12 +60,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", default=",".join((*ROUND, *ONCE)), help="which (default: all)")
     parser.add_argument("--rounds", type=int, help="how often each is measured (default 3)")
     parser.add_argument("--kills", type=int, help="kills per peer (default 10)")
-    parser.add_argument("--every-pace", action="store_true",
-                        help="kill at 2 ms a step, at 0.2 ms, at full speed")  # fmt: skip
-    parser.add_argument("--long", action="store_true",
-                        help="memory over 10 million steps: minutes and 4 GB")  # fmt: skip
-    parser.add_argument("--ours", type=Path, default=HERE.parents[1] / "mainrun",
-                        help="the folder that holds observability.py")  # fmt: skip
+    parser.add_argument(
+        "--every-pace", action="store_true", help="kill at 2 ms a step, at 0.2 ms, at full speed"
+    )
+    parser.add_argument(
+        "--long", action="store_true", help="memory over 10 million steps: minutes and 4 GB"
+    )
+    parser.add_argument(
+        "--ours",
+        type=Path,
+        default=HERE.parents[1] / "mainrun",
+        help="the folder that holds observability.py",
+    )
     parser.add_argument("--scratch", type=Path, help="where runs are written (default: TMPDIR)")
     args = parser.parse_args()
     args.peers, args.only = args.peers.split(","), args.only.split(",")
@@ -159,8 +165,14 @@ class Lab:
             print(f"{job.peer:>14} {'+'.join(job.measures):<40}", end="\r", file=sys.stderr)
         command = [sys.executable, str(HERE / "measure.py"), str(where)]
         with open(place / "log", "ab") as log:
-            return subprocess.Popen(command, cwd=job.folder, env=_environment(Path(job.folder)),
-                                    stdin=subprocess.DEVNULL, stdout=log, stderr=log)  # fmt: skip
+            return subprocess.Popen(
+                command,
+                cwd=job.folder,
+                env=_environment(Path(job.folder)),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
 
     def finish(self, process: subprocess.Popen[bytes], job: Job) -> None:
         if process.wait() != 0:
@@ -170,8 +182,11 @@ class Lab:
 
 def _environment(folder: Path) -> dict[str, str]:
     """Nobody's home is touched, nothing is sent anywhere, and bytecode is cached as usual."""
-    kept = {k: v for k, v in os.environ.items()
-            if not k.startswith(("WANDB_", "TRACKIO_", "HF_", "OBS_"))}  # fmt: skip
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("WANDB_", "TRACKIO_", "HF_", "OBS_"))
+    }
     kept.pop("PYTHONDONTWRITEBYTECODE", None)  # else every start would compile its imports
     return kept | {
         "HOME": str(folder),

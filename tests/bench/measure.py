@@ -54,10 +54,24 @@ class Plan:
 
 
 QUICK = Plan(
-    rounds=1, warmup=100, calls=500, calls_s=0.05, cpu_steps=2000, cpu_s=0.5, paced_steps=50,
-    settle_s=0.2, train_steps=10, burst_steps=5000, burst_s=0.3, memory_steps=5000, memory_s=0.3,
-    kills=1, kill_within_s=(0.1, 0.3), batch=4, together=True,
-)  # fmt: skip
+    rounds=1,
+    warmup=100,
+    calls=500,
+    calls_s=0.05,
+    cpu_steps=2000,
+    cpu_s=0.5,
+    paced_steps=50,
+    settle_s=0.2,
+    train_steps=10,
+    burst_steps=5000,
+    burst_s=0.3,
+    memory_steps=5000,
+    memory_s=0.3,
+    kills=1,
+    kill_within_s=(0.1, 0.3),
+    batch=4,
+    together=True,
+)
 
 
 @dataclass(frozen=True)
@@ -215,8 +229,11 @@ def memory(peer: Peer, job: Job) -> dict[str, float]:
     _settle(plan)
     last = processes.resident_mib()
     peer.close()
-    return {"memory_growth_mib": last - first, "memory_peak_mib": peak - first,
-            "memory_steps": done}  # fmt: skip
+    return {
+        "memory_growth_mib": last - first,
+        "memory_peak_mib": peak - first,
+        "memory_steps": done,
+    }
 
 
 # --- Its beginning and its end --------------------------------------------------------------

@@ -307,8 +307,15 @@ def _number(loss: Any) -> float:
 
 
 _ALL: tuple[type[Peer], ...] = (
-    Empty, Ours, SummaryWriter, TensorboardX, Wandb, Trackio, JsonLine, OrjsonLine,
-)  # fmt: skip
+    Empty,
+    Ours,
+    SummaryWriter,
+    TensorboardX,
+    Wandb,
+    Trackio,
+    JsonLine,
+    OrjsonLine,
+)
 PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in _ALL}
 
 

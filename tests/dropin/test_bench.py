@@ -11,10 +11,22 @@ import pytest
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 PEERS = ("empty", "ours", "SummaryWriter", "json")  # those that need nothing of the bench's own
 FIGURES = (
-    "call_median_us", "call_p99_us", "call_mean_us", "train_median_us", "train_p99_us",
-    "cpu_tight_us", "cpu_paced_us", "import_ms", "init_ms", "close_ms", "close_full_ms",
-    "processes", "threads", "memory_growth_mib", "memory_steps",
-)  # fmt: skip
+    "call_median_us",
+    "call_p99_us",
+    "call_mean_us",
+    "train_median_us",
+    "train_p99_us",
+    "cpu_tight_us",
+    "cpu_paced_us",
+    "import_ms",
+    "init_ms",
+    "close_ms",
+    "close_full_ms",
+    "processes",
+    "threads",
+    "memory_growth_mib",
+    "memory_steps",
+)
 KILLED = ("kills", "kill_steps", "kill_lost_median", "kill_lost_max", "kill_twice")
 MACHINE = ("cpu", "cores", "python", "torch", "file_system")
 

@@ -24,8 +24,18 @@ from torch import nn
 
 import observability as obs
 
-CHANGES = ("open", "write", "posix_fallocate", "ftruncate", "fsync", "close", "mkdir", "rename",
-           "unlink", "rmdir")  # fmt: skip
+CHANGES = (
+    "open",
+    "write",
+    "posix_fallocate",
+    "ftruncate",
+    "fsync",
+    "close",
+    "mkdir",
+    "rename",
+    "unlink",
+    "rmdir",
+)
 
 
 def commit(directory: Path, step: int, size: int = 5000) -> Path:

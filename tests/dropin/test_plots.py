@@ -51,7 +51,10 @@ def test_drawings_have_their_time_and_step_and_the_latest_is_the_last(open_run, 
     assert second.name.endswith("_step_00000002.png")
     assert (run_dir / "plots/latest.png").read_bytes() == second.read_bytes()
     assert sorted(p.name for p in (run_dir / "plots").iterdir()) == [
-        first.name, second.name, "latest.png"]  # fmt: skip
+        first.name,
+        second.name,
+        "latest.png",
+    ]
 
 
 def test_a_resume_is_marked_and_keeps_what_was_drawn_before(open_run, run_dir, tiny_model):

@@ -62,12 +62,16 @@ def test_tensorboard_reads_the_seeds_tags(open_run, tmp_path, tiny_model):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    names=st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=20), min_size=1,
-                   max_size=6, unique=True),
+    names=st.lists(
+        st.text(st.characters(codec="utf-8"), min_size=1, max_size=20),
+        min_size=1,
+        max_size=6,
+        unique=True,
+    ),
     step=st.integers(-(2**62), 2**62),
     value=st.floats(),
     wall=st.floats(0, 1e12),
-)  # fmt: skip
+)
 def test_any_event_is_read_back_by_tensorboard(tmp_path_factory, names, step, value, wall):
     directory = tmp_path_factory.mktemp("events")
     sink = obs.TensorBoard(directory)

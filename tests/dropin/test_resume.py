@@ -74,8 +74,9 @@ class Script:
         np.random.seed(3)
         random.seed(3)
         self.kind, self.losses, self.kill_at = kind, losses, kill_at
-        self.model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3),
-                                   nn.Tanh(), nn.Linear(8, 1))  # fmt: skip
+        self.model = nn.Sequential(
+            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 1)
+        )
         half = [*self.model[0].parameters()], [*self.model[4].parameters()]
         if kind == "lbfgs":
             self.optimizers = [torch.optim.LBFGS(self.model.parameters(), max_iter=3)]
@@ -87,15 +88,21 @@ class Script:
         self.device = "cuda" if kind == "cuda" else "cpu"
         self.model.to(self.device)
         self.scaler = torch.amp.GradScaler(
-            self.device, enabled=kind in ("scaler", "cuda"), growth_interval=2)
+            self.device, enabled=kind in ("scaler", "cuda"), growth_interval=2
+        )
         workers = {"num_workers": 2} if kind == "workers" else {}
         self.loader: Any = DataLoader(Noisy(), 4, shuffle=True, **workers)
         if kind == "iterable":
             self.loader = DataLoader(Stream(), 4)
         elif kind == "own state":
             self.loader = OwnState()
-        obs.watch(self.model, optimizer=self.optimizers, scheduler=self.scheduler,
-                  scaler=self.scaler, loader=self.loader)  # fmt: skip
+        obs.watch(
+            self.model,
+            optimizer=self.optimizers,
+            scheduler=self.scheduler,
+            scaler=self.scaler,
+            loader=self.loader,
+        )
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         batch = batch.to(self.device)
@@ -131,9 +138,14 @@ class Script:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def run(self) -> None:
-        loops = {"accumulate": self.accumulate, "while": self.while_true, "full": self.full_batch,
-                 "one pass": self.one_pass, "capped": self.capped,
-                 "capped while": self.capped_while}  # fmt: skip
+        loops = {
+            "accumulate": self.accumulate,
+            "while": self.while_true,
+            "full": self.full_batch,
+            "one pass": self.one_pass,
+            "capped": self.capped,
+            "capped while": self.capped_while,
+        }
         loops.get(self.kind, self.epochs)()
 
     def epochs(self) -> None:
@@ -194,7 +206,6 @@ class Script:
                 continue
             step += 1
             self.done(step, self.update(batch))
-
 
     def capped(self) -> None:
         """Left in the midst of the second epoch, and at the first batch of the third."""
@@ -265,9 +276,21 @@ def ended(folder: Path) -> Any:
     return torch.load(folder / "ended", weights_only=False)
 
 
-KINDS = ["plain", "workers", "accumulate", "lbfgs", "scaler", "iterable", "own state", "while",
-         "full", "one pass", "capped", "capped while",
-         *(["cuda"] if torch.cuda.is_available() else [])]  # fmt: skip
+KINDS = [
+    "plain",
+    "workers",
+    "accumulate",
+    "lbfgs",
+    "scaler",
+    "iterable",
+    "own state",
+    "while",
+    "full",
+    "one pass",
+    "capped",
+    "capped while",
+    *(["cuda"] if torch.cuda.is_available() else []),
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -282,8 +305,11 @@ def test_a_run_killed_after_every_step_ends_in_the_same_digits(tmp_path, process
     assert process(kind, killed) == 0
     assert losses_of(killed / "losses") == expected
     assert same_bits(ended(killed), ended(straight))
-    journal = [(r["step"], r["metrics"]["loss/train"]) for r in obs.read_run(killed / "out/run")
-               if "loss/train" in r["metrics"]]  # fmt: skip
+    journal = [
+        (r["step"], r["metrics"]["loss/train"])
+        for r in obs.read_run(killed / "out/run")
+        if "loss/train" in r["metrics"]
+    ]
     assert journal == [(n, float.fromhex(loss)) for n, loss in expected.items()]
     assert obs.verify(killed / "out/run")["damage"] == []
 
@@ -292,9 +318,15 @@ def test_a_run_killed_after_every_step_ends_in_the_same_digits(tmp_path, process
 
 
 def start(folder: Path, attempt: int, **environment: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "LOG": str(folder / f"log{attempt}"), "DEVICE": "cpu",
-                   "OBS_RESUME": "auto", "SAVE_INTERVAL": "4", "OBS_SYSTEM_INTERVAL": "0",
-                   **environment}  # fmt: skip
+    environment = {
+        **os.environ,
+        "LOG": str(folder / f"log{attempt}"),
+        "DEVICE": "cpu",
+        "OBS_RESUME": "auto",
+        "SAVE_INTERVAL": "4",
+        "OBS_SYSTEM_INTERVAL": "0",
+        **environment,
+    }
     command = [sys.executable, str(folder / "scripts/run.py"), str(folder / "ended")]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -325,11 +357,17 @@ def test_the_reference_script_killed_at_random_steps_ends_in_the_same_digits(tmp
     assert seen == set(expected)
     assert same_bits(torch.load(tmp_path / "ended", weights_only=False), unobserved["cpu"][1])
     *_, run_dir = sorted((tmp_path / "scripts/out").iterdir())  # a kill may come before a save
-    curve = [(r["step"], r["metrics"]["loss/train"]) for r in obs.read_run(run_dir)
-             if "loss/train" in r["metrics"]]  # fmt: skip
+    curve = [
+        (r["step"], r["metrics"]["loss/train"])
+        for r in obs.read_run(run_dir)
+        if "loss/train" in r["metrics"]
+    ]
     assert curve == [(step, loss) for event, step, loss in expected if event == "training_step"]
-    points = [(r["step"], r["metrics"]["loss/val_step"]) for r in obs.read_run(run_dir)
-              if "loss/val_step" in r["metrics"]]  # fmt: skip
+    points = [
+        (r["step"], r["metrics"]["loss/val_step"])
+        for r in obs.read_run(run_dir)
+        if "loss/val_step" in r["metrics"]
+    ]
     assert points == [(step, loss) for event, step, loss in expected if "validation" in event]
     epochs = [r["tags"]["epoch"] for r in obs.read_run(run_dir) if "loss/val" in r["metrics"]]
     assert epochs == [1, 2, 3]
@@ -346,8 +384,11 @@ def test_tensorboard_shows_one_curve_after_a_resume(tmp_path, process):
     assert len(list(directory.iterdir())) == 2
     events = EventAccumulator(str(directory))
     events.Reload()
-    journal = [(r["step"], r["metrics"]["loss/train"]) for r in obs.read_run(killed / "out/run")
-               if "loss/train" in r["metrics"]]  # fmt: skip
+    journal = [
+        (r["step"], r["metrics"]["loss/train"])
+        for r in obs.read_run(killed / "out/run")
+        if "loss/train" in r["metrics"]
+    ]
     assert [step for step, _ in journal] == list(range(1, 16))
     shown = [(e.step, e.value) for e in events.Scalars("loss/train")]
     assert shown == [(step, pytest.approx(loss)) for step, loss in journal]
@@ -358,9 +399,12 @@ def test_tensorboard_shows_one_curve_after_a_resume(tmp_path, process):
 
 def interrupted() -> int:
     """The status of a script that Ctrl-C ends: with some versions of torch it is 1, not -2."""
-    return python("-c", "import torch, tqdm, structlog\n"
-                  "torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).step()\n"
-                  "raise KeyboardInterrupt").returncode  # fmt: skip
+    return python(
+        "-c",
+        "import torch, tqdm, structlog\n"
+        "torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).step()\n"
+        "raise KeyboardInterrupt",
+    ).returncode
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -492,8 +536,11 @@ def test_an_evaluation_after_the_checkpoint_of_its_step_is_recorded_once(open_ru
             if attempt < 2:
                 break
         obs.finish("failed: as by a kill")
-    evaluations = [(r["step"], r["metrics"]["loss/val_step"]) for r in obs.read_run(run.dir)
-                   if "loss/val_step" in r["metrics"]]  # fmt: skip
+    evaluations = [
+        (r["step"], r["metrics"]["loss/val_step"])
+        for r in obs.read_run(run.dir)
+        if "loss/val_step" in r["metrics"]
+    ]
     assert evaluations == [(2, 2.0), (4, 3.0)]
 
 
@@ -511,8 +558,9 @@ def test_never_is_the_default_and_begins_another_run(opened, tmp_path):
     assert (tmp_path / "out/run-2").is_dir()
 
 
-@pytest.mark.parametrize("path", ["out/run", "out/run/checkpoints",
-                                  "out/run/checkpoints/step_00000002"])  # fmt: skip
+@pytest.mark.parametrize(
+    "path", ["out/run", "out/run/checkpoints", "out/run/checkpoints/step_00000002"]
+)
 def test_a_path_names_a_run_or_one_of_its_checkpoints(opened, tmp_path, path):
     opened(resume=str(tmp_path / path))
     assert obs.resume(step=0) == (2 if path.endswith("2") else 3)
@@ -534,8 +582,12 @@ def test_other_hyperparameters_and_flags_are_each_named(opened, capfd):
     finally:
         torch.use_deterministic_algorithms(False)
     said = capfd.readouterr().err
-    for words in ("lr was 0.1, is 0.2", "old was 1, is None", "new was None, is 1",
-                  "deterministic was False, is True"):  # fmt: skip
+    for words in (
+        "lr was 0.1, is 0.2",
+        "old was 1, is None",
+        "new was None, is 1",
+        "deterministic was False, is True",
+    ):
         assert words in said
     assert "torch was" not in said
 
@@ -552,8 +604,9 @@ def test_a_local_that_was_not_carried_is_an_error_that_says_where_to_add_it(open
         obs.resume(step=0, ptr=0)
 
 
-@pytest.mark.parametrize(("loss", "said"), [(1.0, ""), (7.5, "7.5 at step 4, 1 before"),
-                                            (float("nan"), "nan at step 4")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("loss", "said"), [(1.0, ""), (7.5, "7.5 at step 4, 1 before"), (float("nan"), "nan at step 4")]
+)
 def test_a_loss_that_jumps_is_said_with_both_numbers(opened, capfd, loss, said):
     opened(resume="auto")
     obs.resume(step=0)
@@ -635,8 +688,19 @@ def test_auto_keeps_the_cost_of_saving_under_half_a_percent(tmp_path):
 
 def test_state_json_says_where_and_with_what(opened, tmp_path):
     state = obs.read_state(tmp_path / "out/run/checkpoints/step_00000003")
-    assert {"epoch", "step_in_epoch", "global_step", "hyperparameters", "loss_history", "python",
-            "torch", "device", "deterministic", "cudnn_benchmark", "threads"} <= set(state)
+    assert {
+        "epoch",
+        "step_in_epoch",
+        "global_step",
+        "hyperparameters",
+        "loss_history",
+        "python",
+        "torch",
+        "device",
+        "deterministic",
+        "cudnn_benchmark",
+        "threads",
+    } <= set(state)
     assert state["hyperparameters"] == {"lr": 0.1, "old": 1}
     assert state["loss_history"] == [[1, 1.0], [2, 1.0], [3, 1.0]]
 
@@ -649,8 +713,17 @@ def test_the_arguments_of_the_command_line_are_settings(monkeypatch):
     obs.add_arguments(parser)
     parser.parse_args([])
     assert obs.Settings.resolve({}).resume == "never"
-    parser.parse_args(["--resume", "--ckpt_dir", "there", "--keep_last_checkpoints", "7",
-                       "--save_interval", "auto"])  # fmt: skip
+    parser.parse_args(
+        [
+            "--resume",
+            "--ckpt_dir",
+            "there",
+            "--keep_last_checkpoints",
+            "7",
+            "--save_interval",
+            "auto",
+        ]
+    )
     settings = obs.Settings.resolve({})
     assert (settings.resume, settings.ckpt_dir) == ("auto", "there")
     assert (settings.keep_last, settings.save_interval) == (7, "auto")
@@ -664,8 +737,9 @@ def verify(*arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*map(str, command)], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", ["checkpoints/step_00000002/optimizer.pt", "metrics.ndjson",
-                                  "events"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["checkpoints/step_00000002/optimizer.pt", "metrics.ndjson", "events"]
+)
 def test_verify_finds_a_flipped_bit(opened, tmp_path, name):
     run_dir = tmp_path / "out/run"
     done = verify(run_dir, "--json")

@@ -115,8 +115,11 @@ def test_an_epoch_has_one_validation_point_its_last(open_run, run_dir):
     assert all(r["metrics"]["speed/tokens_per_sec"] > 0 for r in per_epoch)
     points = [r for r in evaluations if "loss/val_step" in r["metrics"]]
     assert [(r["step"], r["metrics"]["loss/val_step"]) for r in points] == [
-        (1, 1.1), (2, 1.2), (3, 2.1), (4, 2.2),
-    ]  # fmt: skip
+        (1, 1.1),
+        (2, 1.2),
+        (3, 2.1),
+        (4, 2.2),
+    ]
     assert points[0]["metrics"]["accuracy/val"] == 0.5
 
 
@@ -201,8 +204,12 @@ def test_a_configuration_of_any_kind_is_kept_without_its_secrets(open_run, run_d
     open_run(config=make(given))
     obs.finish()
     kept = read_json(run_dir / "config.json")["config"]
-    assert kept == {"lr": 1e-3, "tokens": 4, "hf_token": "<redacted>",
-                    "url": "https://<redacted>@host/x"}  # fmt: skip
+    assert kept == {
+        "lr": 1e-3,
+        "tokens": 4,
+        "hf_token": "<redacted>",
+        "url": "https://<redacted>@host/x",
+    }
     assert read_json(run_dir / "run_manifest.json")["hyperparameters"] == kept
 
 
@@ -210,8 +217,13 @@ def test_the_manifest_says_where_a_run_came_from(tmp_path):
     (tmp_path / "uv.lock").write_text("locked")
     script = tmp_path / "train.py"
     script.write_text("import torch, observability as obs\nobs.init('run')\nobs.finish()\n")
-    environment = {**os.environ, "PYTHONPATH": str(MAINRUN), "PYTHONHASHSEED": "7",
-                   "GIT_SHA": "f00d", "WANDB_API_KEY": "hush"}  # fmt: skip
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(MAINRUN),
+        "PYTHONHASHSEED": "7",
+        "GIT_SHA": "f00d",
+        "WANDB_API_KEY": "hush",
+    }
     done = python(script, "--token", "hush", "--api_key=hush", "--lr=1", env=environment)
     assert done.returncode == 0, done.stderr
     manifest = read_json(tmp_path / "out/run/run_manifest.json")
@@ -220,8 +232,12 @@ def test_the_manifest_says_where_a_run_came_from(tmp_path):
     assert manifest["torch"] == torch.__version__
     assert manifest["env"]["PYTHONHASHSEED"] == "7"
     assert len(manifest["lock_sha256"]) == len(manifest["script_sha256"]) == 64
-    assert manifest["command_line"][1:] == ["--token", "<redacted>", "--api_key=<redacted>",
-                                            "--lr=1"]  # fmt: skip
+    assert manifest["command_line"][1:] == [
+        "--token",
+        "<redacted>",
+        "--api_key=<redacted>",
+        "--lr=1",
+    ]
     assert "hush" not in (tmp_path / "out/run/run_manifest.json").read_text()
     assert {"platform", "device", "script"} <= set(manifest)
 
@@ -388,8 +404,15 @@ def test_step_before_init_is_said_once():
     assert done.stderr == "observability: step() before init(): it is not recorded\n"
 
 
-@pytest.mark.parametrize("call", [lambda: obs.step(loss=1.0), lambda: obs.validation(1.0),
-                                  lambda: obs.log({}), lambda: obs.skip_epoch(2)])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: obs.step(loss=1.0),
+        lambda: obs.validation(1.0),
+        lambda: obs.log({}),
+        lambda: obs.skip_epoch(2),
+    ],
+)
 def test_a_call_after_finish_is_said_and_harmless(open_run, run_dir, capfd, call):
     open_run()
     obs.finish()
@@ -591,8 +614,13 @@ def test_a_closed_stderr_does_no_harm(tmp_path):
         "obs.step(loss='x')\nobs.finish()\nprint('done')\n"
     )
     command = f'"{sys.executable}" "{script}" 2>&-'
-    done = subprocess.run(command, shell=True, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(MAINRUN)})  # fmt: skip
+    done = subprocess.run(
+        command,
+        shell=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(MAINRUN)},
+    )
     assert done.stdout == "done\n"
 
 
@@ -612,9 +640,11 @@ def test_the_manifest_names_the_device_once_the_script_is_on_it(open_run, run_di
 
 @cuda
 def test_opening_a_run_does_not_start_cuda(tmp_path):
-    script = (f"import sys, time; sys.path.insert(0, {str(MAINRUN)!r}); import torch\n"
-              "import observability as obs\n"
-              f"obs.init('run', out_dir={str(tmp_path)!r}, tb_dir={str(tmp_path)!r})\n"
-              "time.sleep(1); assert not torch.cuda.is_initialized(); obs.finish()")  # fmt: skip
+    script = (
+        f"import sys, time; sys.path.insert(0, {str(MAINRUN)!r}); import torch\n"
+        "import observability as obs\n"
+        f"obs.init('run', out_dir={str(tmp_path)!r}, tb_dir={str(tmp_path)!r})\n"
+        "time.sleep(1); assert not torch.cuda.is_initialized(); obs.finish()"
+    )
     done = python("-c", script)
     assert done.returncode == 0, done.stderr

@@ -102,11 +102,16 @@ def test_a_copied_file_records_a_run_without_torch(bare, folder):
     done = bare("script.py", cwd=folder)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert sorted(path.name for path in (folder / "out" / "first").iterdir()) == [
-        "config.json", "metrics.ndjson", "results.json", "run_manifest.json", "training.log",
-    ]  # fmt: skip
+        "config.json",
+        "metrics.ndjson",
+        "results.json",
+        "run_manifest.json",
+        "training.log",
+    ]
     assert list((folder / "logs" / "tb").glob("first_*/events.out.tfevents.*"))
-    [row] = json.loads(bare("observability.py", "summarize", "out/first", "--json",
-                            cwd=folder).stdout)  # fmt: skip
+    [row] = json.loads(
+        bare("observability.py", "summarize", "out/first", "--json", cwd=folder).stdout
+    )
     assert (row["status"], row["steps"], row["val_loss"]) == ("completed", 3, 0.25)
 
 
@@ -172,8 +177,10 @@ def test_the_unobserved_script_runs_without_the_drop_in_anywhere(tmp_path):
     log = obs.read_curve(tmp_path / "logs" / "mainrun.log")
     assert len(log.points) > 4
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == [
-        "logs", "titles.py", "train.py",
-    ]  # fmt: skip
+        "logs",
+        "titles.py",
+        "train.py",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -192,9 +199,15 @@ def test_it_runs_where_little_is_there(folder, before, environment):
         f"{before}\nimport torch, observability as obs\nobs.init('run')\n"
         "for step in range(1, 101): obs.step(step, loss=torch.tensor(1 / step))\nobs.finish()\n"
     )
-    done = subprocess.run([sys.executable, "train.py"], cwd=folder, stdin=subprocess.DEVNULL,
-                          capture_output=True, text=True, timeout=120,
-                          env={"PATH": "/usr/bin:/bin", **environment})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "train.py"],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"PATH": "/usr/bin:/bin", **environment},
+    )
     assert done.returncode == 0, done.stderr
     assert "observability" not in done.stderr
     steps = [r["step"] for r in obs.read_run(folder / "out/run") if r["tags"]["phase"] == "train"]

@@ -113,8 +113,10 @@ def test_summarize_prints_one_table_in_three_forms(finished_run, tmp_path):
     lines = command("summarize", *runs).splitlines()
     table = list(csv.DictReader(io.StringIO(command("summarize", *runs, "--csv"))))
     assert lines[0].split() == list(table[0]) == list(rows[0])
-    assert [line.split()[:3] for line in lines[1:]] == [["run", "completed", "6"],
-                                                       ["run", "killed", "5"]]  # fmt: skip
+    assert [line.split()[:3] for line in lines[1:]] == [
+        ["run", "completed", "6"],
+        ["run", "killed", "5"],
+    ]
     assert [float(row["val_loss"]) for row in table] == [0.5, 0.5]
     assert [row["val_loss"] for row in rows] == [0.5, 0.5]
     assert {len(line.split()) for line in lines} == {len(rows[0])}
@@ -330,8 +332,13 @@ def test_a_line_within_that_is_no_json_object_is_named_by_its_number(tmp_path, b
 
 
 @pytest.mark.parametrize(
-    "content", ["", '{"event": "training_step", "step": 1, "loss": 1.0}\n',
-                '{"event": "validation_step", "step": 1, "val_loss": 1.0}\n'])  # fmt: skip
+    "content",
+    [
+        "",
+        '{"event": "training_step", "step": 1, "loss": 1.0}\n',
+        '{"event": "validation_step", "step": 1, "val_loss": 1.0}\n',
+    ],
+)
 def test_a_log_without_validation_losses_is_refused(tmp_path, baseline, content):
     log = tmp_path / "log"
     log.write_text(content)
@@ -387,8 +394,11 @@ def test_rebuild_brings_back_what_a_sigkill_left_in_the_ring(tmp_path):
     with living_run(tmp_path):
         pass
     command("rebuild", tmp_path / "out" / "run")
-    points = [(step, value) for step, tag, value in tensorboard_points(tmp_path / "tb")
-              if tag == "loss/train"]  # fmt: skip
+    points = [
+        (step, value)
+        for step, tag, value in tensorboard_points(tmp_path / "tb")
+        if tag == "loss/train"
+    ]
     assert points == [(step, pytest.approx(1 / step)) for step in range(1, 6)]
     assert not (tmp_path / "out" / "run" / "metrics.ring").exists()
 
@@ -430,11 +440,16 @@ def answer(url):
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_tb_starts_tensorboard_on_the_next_free_port_and_ends_it(finished_run, tmp_path, ending):
     arguments = [sys.executable, COMMANDS, "tb", tmp_path / "tb"]
-    with busy_port(6006), subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as tb:  # fmt: skip
-        said = re.fullmatch(r"http://127\.0\.0\.1:(\d+) shows (\S+) \(pid (\d+); Ctrl-C ends it\)",
-                            tb.stdout.readline().strip())  # fmt: skip
+    with (
+        busy_port(6006),
+        subprocess.Popen(
+            arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as tb,
+    ):
+        said = re.fullmatch(
+            r"http://127\.0\.0\.1:(\d+) shows (\S+) \(pid (\d+); Ctrl-C ends it\)",
+            tb.stdout.readline().strip(),
+        )
         port, folder, pid = said.groups()
         assert (folder, int(port) > 6006) == (str(tmp_path / "tb"), True)
         assert answer(f"http://127.0.0.1:{port}") == 200
@@ -465,7 +480,11 @@ def test_tb_says_when_no_port_is_free():
 
 def test_make_parity_without_a_log_fails_and_says_what_writes_it(tmp_path):
     log = tmp_path / "missing.log"
-    done = subprocess.run(["make", "-o", ".venv/.stamp", "parity", f"LOG={log}"], cwd=ROOT,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        ["make", "-o", ".venv/.stamp", "parity", f"LOG={log}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2
     assert f"{log} is missing; make train writes it" in done.stderr

@@ -49,8 +49,10 @@ def test_an_absent_wandb_is_said_once_and_nothing_else_changes(
 @pytest.mark.parametrize("when", ["init", "log", "finish"])
 def test_a_wandb_that_breaks_is_dropped(open_run, run_dir, monkeypatch, tmp_path, capfd, when):
     """A package of that name that raises, as a client does without its service."""
-    calls = {name: "raise ConnectionError('no service')" if name == when else "pass"
-             for name in ("log", "finish")}  # fmt: skip
+    calls = {
+        name: "raise ConnectionError('no service')" if name == when else "pass"
+        for name in ("log", "finish")
+    }
     start = "raise ConnectionError('no service')" if when == "init" else "return Client()"
     (tmp_path / "wandb.py").write_text(
         f"class Client:\n def log(self, *a, **k): {calls['log']}\n"
@@ -69,8 +71,9 @@ def test_a_wandb_that_breaks_is_dropped(open_run, run_dir, monkeypatch, tmp_path
 
 def test_without_wandb_no_process_is_started(open_run):
     def children() -> list[str]:
-        done = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid=,comm="],
-                              capture_output=True, text=True)  # fmt: skip
+        done = subprocess.run(
+            ["ps", "--ppid", str(os.getpid()), "-o", "pid=,comm="], capture_output=True, text=True
+        )
         return [line for line in done.stdout.splitlines() if not line.endswith(" ps")]
 
     before = children()

@@ -143,8 +143,11 @@ def test_an_untouched_script_is_recorded_and_computes_the_same(tmp_path):
     assert (results["status"], results["steps"]) == ("completed", 6)
 
 
-@pytest.mark.parametrize("script", [SCALED, ACCUMULATED, CLOSURE, WITHIN_BACKWARD],
-                         ids=["scaled", "accumulated", "closure", "within backward"])  # fmt: skip
+@pytest.mark.parametrize(
+    "script",
+    [SCALED, ACCUMULATED, CLOSURE, WITHIN_BACKWARD],
+    ids=["scaled", "accumulated", "closure", "within backward"],
+)
 def test_the_loss_is_that_of_the_step_however_it_is_made(tmp_path, script):
     done = run(tmp_path, script)
     seen = [each["loss/train"] for each in metrics(tmp_path)]
@@ -159,9 +162,14 @@ def test_each_of_several_optimizers_has_a_curve_of_its_own(tmp_path):
     assert [each["loss/train/1"] for each in seen[1::2]] == losses[1::2]
 
 
-@pytest.mark.parametrize(("end", "code", "status"), [
-    ("raise RuntimeError('out of luck')", 1, "failed: RuntimeError"),
-    ("sys.exit(3)", 3, "failed: SystemExit"), ("sys.exit()", 0, "completed")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("end", "code", "status"),
+    [
+        ("raise RuntimeError('out of luck')", 1, "failed: RuntimeError"),
+        ("sys.exit(3)", 3, "failed: SystemExit"),
+        ("sys.exit()", 0, "completed"),
+    ],
+)
 def test_a_script_ends_as_it_would_have(tmp_path, end, code, status):
     done = run(tmp_path, PLAIN + end)
     assert done.returncode == code

@@ -51,9 +51,17 @@ def train(folder: Path, epochs: int) -> None:
     texts = torch.randint(100, (8 * 24, 33))
     loader = DataLoader(TensorDataset(texts), 8, shuffle=True)
 
-    obs.init("run", out_dir=folder / "out", tb_dir=folder / "tb", weights=folder / "weights.pth",
-             resume="auto", save_interval="4", keep_last=2, plot_interval=0,
-             drain_interval=0.02)  # fmt: skip
+    obs.init(
+        "run",
+        out_dir=folder / "out",
+        tb_dir=folder / "tb",
+        weights=folder / "weights.pth",
+        resume="auto",
+        save_interval="4",
+        keep_last=2,
+        plot_interval=0,
+        drain_interval=0.02,
+    )
     obs.watch(model, optimizer=optimizer, scheduler=scheduler)
     step, smooth = obs.resume(step=0, smooth=torch.zeros(()))
     for epoch in range(epochs):
@@ -89,8 +97,11 @@ def check(folder: Path) -> None:
             continue
         damage = obs.verify(run_dir)["damage"]
         assert not damage, f"verify finds {damage}"
-        said = [r["tags"]["checkpoint"] for r in obs.read_run(run_dir)
-                if r["tags"].get("event") == "saved"]  # fmt: skip
+        said = [
+            r["tags"]["checkpoint"]
+            for r in obs.read_run(run_dir)
+            if r["tags"].get("event") == "saved"
+        ]
         saved = max((int(name[5:]) for name in said), default=0)
         assert newest_step(run_dir / "checkpoints") >= saved, f"step {saved} is gone"
 
@@ -110,9 +121,12 @@ def check_end(folder: Path, expected: dict[str, Any]) -> None:
 def ending(folder: Path) -> dict[str, Any]:
     """All that must be the same: every number of the journal, and the state in its bytes."""
     last = runs(folder)[-1]
-    rows = [(record["step"], name, float(value).hex())
-            for record in obs.read_run(last) for name, value in record["metrics"].items()
-            if not name.startswith(("speed/", "system/"))]  # fmt: skip
+    rows = [
+        (record["step"], name, float(value).hex())
+        for record in obs.read_run(last)
+        for name, value in record["metrics"].items()
+        if not name.startswith(("speed/", "system/"))
+    ]
     saved = obs.latest_ckpt(last / "checkpoints")
     files = {name: (saved / name).read_bytes() for name in FILES[:3]}
     return {"journal": rows, "weights.pth": (folder / "weights.pth").read_bytes(), **files}
@@ -209,8 +223,11 @@ class Campaign:
             old, moment = staged(folder), Moment(self.draw.uniform(0, seconds))
             if 2 * self.torn.total() <= self.kills:  # too few inside a save
                 last = 1 if in_a_row > 1 else 3  # or a row would be at its end too soon
-                moment = Moment(self.draw.uniform(0, 0.003), self.draw.randint(1, last),
-                                self.draw.randrange(len(FILES)))  # fmt: skip
+                moment = Moment(
+                    self.draw.uniform(0, 0.003),
+                    self.draw.randint(1, last),
+                    self.draw.randrange(len(FILES)),
+                )
             if not moment.kill(self.start(folder), folder):  # it came to its end first
                 shutil.rmtree(folder)
                 done = 0
@@ -223,8 +240,10 @@ class Campaign:
 
     def __str__(self) -> str:
         took = time.monotonic() - self._began
-        return (f"{self.kills:4d} kills, {self.torn.total():4d} inside a save, "
-                f"{len(self.failures)} failures, {took:.0f} s")  # fmt: skip
+        return (
+            f"{self.kills:4d} kills, {self.torn.total():4d} inside a save, "
+            f"{len(self.failures)} failures, {took:.0f} s"
+        )
 
 
 def main() -> int:

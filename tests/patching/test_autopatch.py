@@ -185,8 +185,13 @@ def test_evaluation_written_out_in_the_loop_is_known_by_its_name(name, recorded)
 @pytest.mark.parametrize(("indent", "recorded"), [("", False), ("    ", True)])
 def test_evaluation_behind_the_block_that_finish_ends_is_left_out_and_said(indent, recorded):
     rows = LOOP.format(before="pass", after="pass").splitlines()
-    tried = ["try:", *(f"    {row}" for row in rows[3:]), "    pass", "except KeyboardInterrupt:",
-             "    pass"]  # fmt: skip
+    tried = [
+        "try:",
+        *(f"    {row}" for row in rows[3:]),
+        "    pass",
+        "except KeyboardInterrupt:",
+        "    pass",
+    ]
     tried.insert(-2 if recorded else len(tried), f"{indent}test_loss = evaluate(w)")
     result, found = patch("\n".join([*rows[:3], *tried, ""]).encode())
     assert (b"obs.validation(test_loss)" in result) is recorded

@@ -103,8 +103,13 @@ def test_its_calls_fit_the_drop_in(name):
 @pytest.mark.parametrize("name", READY)
 def test_what_is_resumed_before_the_loop_is_what_a_step_carries(name):
     resumed = {k.arg for c in calls(name) if c.func.attr == "resume" for k in c.keywords}
-    steps = [k.value for c in calls(name) if c.func.attr == "step" for k in c.keywords
-             if k.arg == "carry"]  # fmt: skip
+    steps = [
+        k.value
+        for c in calls(name)
+        if c.func.attr == "step"
+        for k in c.keywords
+        if k.arg == "carry"
+    ]
     carried = {key.value for step in steps for key in step.keys}
     # Within the loop over epochs, resume() itself notes what an epoch begins with.
     assert carried <= resumed <= carried | {"best_acc1"}
@@ -118,8 +123,11 @@ def test_the_table_lists_every_patch_with_its_commit_lines_and_parts():
         assert (repo, path, commit) == (head[1], head[2], head[3][:12])
         assert int(lines) == len(added(name))
         names = {call.func.attr for call in calls(name)}
-        has = {"log": "step" in names, "validation": "validation" in names,
-               "resume": bool(names & {"resume", "skip_epoch"})}  # fmt: skip
+        has = {
+            "log": "step" in names,
+            "validation": "validation" in names,
+            "resume": bool(names & {"resume", "skip_epoch"}),
+        }
         assert parts.split(", ") == [part for part, there in has.items() if there]
 
 

@@ -116,12 +116,15 @@ def test_a_single_random_number_is_found_with_its_step_and_both_values(script):
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [("model[0].bias.data.add_(1)", "Linear 0.bias"),
-     ("optimizer.param_groups[0]['lr'] = 1.0", "Adam 0.param_groups.0.lr"),
-     ("optimizer.state.clear()", "Adam 0."), ("torch.rand(1)", "random.torch"),
-     ("__import__('random').random()", "random.python")],
+    [
+        ("model[0].bias.data.add_(1)", "Linear 0.bias"),
+        ("optimizer.param_groups[0]['lr'] = 1.0", "Adam 0.param_groups.0.lr"),
+        ("optimizer.state.clear()", "Adam 0."),
+        ("torch.rand(1)", "random.torch"),
+        ("__import__('random').random()", "random.python"),
+    ],
     ids=["a weight", "a setting", "moments", "torch's generator", "python's generator"],
-)  # fmt: skip
+)
 def test_a_change_after_the_last_step_is_found_by_its_name(script, change, said):
     edit(script, ("obs.finish()  #", f"obs.finish(); {change}  #"))
     report = prove_script(script, pairs=1)
@@ -149,8 +152,7 @@ def test_a_script_that_differs_from_itself_is_said_to_and_by_how_far(script):
 
 
 def test_beyond_its_own_drift_a_script_still_differs(script):
-    edit(script, (MEAN, NOISE),
-         ("obs.watch(", "model[2].bias.data.add_(100); obs.watch("))  # fmt: skip
+    edit(script, (MEAN, NOISE), ("obs.watch(", "model[2].bias.data.add_(100); obs.watch("))
     assert prove_script(script)["verdict"] == "differs"
 
 
@@ -166,8 +168,10 @@ def test_three_kills_lead_to_the_same_end(script):
 
 
 def test_what_a_loader_reads_on_the_way_back_is_not_compared(script):
-    loop = ("draws = (torch.rand(1).item() for _ in range(10))\nfor draw in draws:\n"
-            "    if obs.skip_batch(): continue  # observability")  # fmt: skip
+    loop = (
+        "draws = (torch.rand(1).item() for _ in range(10))\nfor draw in draws:\n"
+        "    if obs.skip_batch(): continue  # observability"
+    )
     edit(script, ("while step < 10:", loop), (".pow(2).mean()", ".pow(2).mean() * draw"))
     report = prove_script(script, kill=2, pairs=1)
     assert (report["verdict"], report["resume"]["verdict"]) == ("identical", "identical")
@@ -175,8 +179,11 @@ def test_what_a_loader_reads_on_the_way_back_is_not_compared(script):
 
 
 def test_kills_find_what_is_not_carried(script):
-    edit(script, ("start, step = obs.resume(start=start, ", "step = obs.resume("),
-         ('{"start": start, ', "{"))  # fmt: skip
+    edit(
+        script,
+        ("start, step = obs.resume(start=start, ", "step = obs.resume("),
+        ('{"start": start, ', "{"),
+    )
     report = prove_script(script, kill=1, pairs=1)
     assert report["verdict"] == "identical"
     assert report["resume"]["verdict"] == "differs"
@@ -212,8 +219,13 @@ def test_another_patch_can_be_given_and_status_1_says_that_it_differs(script):
 
 def test_a_script_may_start_in_a_folder_of_its_project(script):
     script.parent.with_name("data.txt").write_text("3")
-    edit(script, ("data = torch.randn(40, 4)",
-                  "data = torch.randn(40, 4) * float(open('../data.txt').read())"))  # fmt: skip
+    edit(
+        script,
+        (
+            "data = torch.randn(40, 4)",
+            "data = torch.randn(40, 4) * float(open('../data.txt').read())",
+        ),
+    )
     options = {"root": script.parent.parent, "start": script.parent, "steps": 2, "pairs": 1}
     assert prove_script(script, **options)["verdict"] == "identical"
 
@@ -238,9 +250,11 @@ def test_a_tensor_that_cannot_be_read_is_not_vouched_for(script):
 
 
 def test_parameters_that_have_no_values_yet_are_no_hindrance(script):
-    empty = ("from torch._subclasses import FakeTensorMode\n"
-             "with FakeTensorMode(): fake = torch.nn.Linear(2, 2)\n"
-             "empty = [torch.nn.Linear(2, 2, device='meta'), torch.nn.LazyLinear(2)]\n")
+    empty = (
+        "from torch._subclasses import FakeTensorMode\n"
+        "with FakeTensorMode(): fake = torch.nn.Linear(2, 2)\n"
+        "empty = [torch.nn.Linear(2, 2, device='meta'), torch.nn.LazyLinear(2)]\n"
+    )
     edit(script, ("start = step = 0\n", f"start = step = 0\n{empty}"))
     assert prove_script(script, pairs=1)["verdict"] == "identical"
 
@@ -265,6 +279,7 @@ def test_what_cannot_be_patched_or_watched_has_no_verdict(name):
 
 
 # --- Every shape that is patched ------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", sorted(SHAPES.keys() - {"loop_elsewhere", "several_processes"}))
 def test_a_patched_shape_is_identical_and_resumes_where_it_offers_to(tmp_path, name):

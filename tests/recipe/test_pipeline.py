@@ -44,12 +44,22 @@ class Place:
         }
 
     def run(self, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([PIPELINE, *options], env={**self.environment, **environment},
-                              capture_output=True, text=True, timeout=120)  # fmt: skip
+        return subprocess.run(
+            [PIPELINE, *options],
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
 
     def start(self, **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen([PIPELINE], env={**self.environment, **environment}, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        return subprocess.Popen(
+            [PIPELINE],
+            env={**self.environment, **environment},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
     def ran(self) -> list[str]:
         return (self.out / "ran").read_text().replace(f"{self.out}/", "").splitlines()
@@ -65,8 +75,12 @@ def place(tmp_path: Path) -> Place:
 
 def test_the_stages_run_in_order_each_from_the_weights_of_the_one_before(place):
     assert place.run().returncode == 0
-    assert place.ran() == ["pretrain from ", "sft from pretrain_64.pth", "dpo from sft_64.pth",
-                           "r1 from dpo_64.pth"]  # fmt: skip
+    assert place.ran() == [
+        "pretrain from ",
+        "sft from pretrain_64.pth",
+        "dpo from sft_64.pth",
+        "r1 from dpo_64.pth",
+    ]
 
 
 def test_a_failing_stage_stops_the_pipeline_with_its_name_and_a_rerun_continues_there(place):
@@ -190,8 +204,12 @@ def example(tmp_path_factory) -> Place:
 def before_dpo(example, place) -> Place:
     """The same with dpo and r1 yet to come."""
     shutil.copytree(example.out, place.out, ignore=shutil.ignore_patterns("dpo*", "r1*"))
-    place.environment = {**example.environment, "STAGES": "pretrain sft dpo",
-                         "OUT_DIR": str(place.out), "TF_DIR": str(place.folder / "tb")}  # fmt: skip
+    place.environment = {
+        **example.environment,
+        "STAGES": "pretrain sft dpo",
+        "OUT_DIR": str(place.out),
+        "TF_DIR": str(place.folder / "tb"),
+    }
     return place
 
 
@@ -206,8 +224,11 @@ def test_each_stage_has_its_own_directory_and_its_plain_weights(example):
 
 def test_every_stage_of_the_example_learns(example):
     for stage in STAGES:
-        losses = [record["metrics"]["loss/val"] for record in obs.read_run(example.out / stage)
-                  if "loss/val" in record["metrics"]]  # fmt: skip
+        losses = [
+            record["metrics"]["loss/val"]
+            for record in obs.read_run(example.out / stage)
+            if "loss/val" in record["metrics"]
+        ]
         assert losses == sorted(losses, reverse=True), stage
         assert len(losses) == 4
 
@@ -235,8 +256,12 @@ def test_a_killed_stage_goes_on_from_the_newest_whole_checkpoint_to_the_same_wei
 
 
 def kill_the_stage(pipeline: int) -> None:
-    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pipeline)], text=True,
-                              capture_output=True, check=True).stdout  # fmt: skip
+    children = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(pipeline)],
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout
     [stage] = re.findall(r"^ *(\d+) .*stages\.py", children, re.MULTILINE)
     os.kill(int(stage), signal.SIGKILL)
 
@@ -295,30 +320,50 @@ def python_that(place: Place, text: str) -> str:
 
 
 def test_settings_reach_the_example_as_options_and_any_other_script_as_variables(place):
-    python = python_that(place, f"""case "$1" in
+    python = python_that(
+        place,
+        f"""case "$1" in
         *stages.py) shift; echo "$*" >> "$OUT_DIR/options"; {SHORT} ;;
-        *) exec "$REAL" "$@" ;; esac""")
+        *) exec "$REAL" "$@" ;; esac""",
+    )
     del place.environment["PRETRAIN"]
     del place.environment["SFT"]
-    tells = f"""env | grep -E '^(OBS_|SAVE_|KEEP_|TB_|HIDDEN|STAGE|RESUME)' > "$OUT_DIR/told"; {SHORT}"""
-    done = place.run(PYTHON=python, DPO=tells, SAVE_INTERVAL="7", KEEP_LAST="2", HIDDEN="48",
-                     TB_PORT="7000", TB_HOST="localhost")  # fmt: skip
+    names = "OBS_|SAVE_|KEEP_|TB_|HIDDEN|STAGE|RESUME"
+    tells = f"""env | grep -E '^({names})' > "$OUT_DIR/told"; {SHORT}"""
+    done = place.run(
+        PYTHON=python,
+        DPO=tells,
+        SAVE_INTERVAL="7",
+        KEEP_LAST="2",
+        HIDDEN="48",
+        TB_PORT="7000",
+        TB_HOST="localhost",
+    )
     assert done.returncode == 0, done.stderr
     out = place.out
-    common = f"--hidden 48 --resume never --ckpt_dir {out}/%s/checkpoints --save_interval 7 " \
-             "--keep_last_checkpoints 2"  # fmt: skip
+    common = (
+        f"--hidden 48 --resume never --ckpt_dir {out}/%s/checkpoints --save_interval 7 "
+        "--keep_last_checkpoints 2"
+    )
     assert (out / "options").read_text().splitlines() == [
         f"pretrain --out {out}/pretrain --init  {common % 'pretrain'}",
         f"sft --out {out}/sft --init {out}/pretrain_48.pth {common % 'sft'}",
     ]
     told = dict(line.split("=", 1) for line in (out / "told").read_text().splitlines())
     assert told == {
-        "OBS_RESUME": "never", "RESUME_FROM": "",
+        "OBS_RESUME": "never",
+        "RESUME_FROM": "",
         "OBS_CKPT_DIR": f"{out}/dpo/checkpoints",
-        "OBS_WEIGHTS": f"{out}/dpo_48.pth", "STAGE": "dpo", "STAGE_OUT": f"{out}/dpo",
-        "SAVE_INTERVAL": "7", "KEEP_LAST": "2", "HIDDEN": "48",
-        "TB_AUTO": "0", "TB_PORT": "7000", "TB_HOST": "localhost",
-    }  # fmt: skip
+        "OBS_WEIGHTS": f"{out}/dpo_48.pth",
+        "STAGE": "dpo",
+        "STAGE_OUT": f"{out}/dpo",
+        "SAVE_INTERVAL": "7",
+        "KEEP_LAST": "2",
+        "HIDDEN": "48",
+        "TB_AUTO": "0",
+        "TB_PORT": "7000",
+        "TB_HOST": "localhost",
+    }
 
 
 def test_tensorboard_answers_while_the_stages_run_and_ends_with_them(place):

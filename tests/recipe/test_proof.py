@@ -16,8 +16,15 @@ from conftest import MAINRUN, ROOT
 
 import observability as obs
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="there is no GPU on this machine"))]  # fmt: skip
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(
+            not torch.cuda.is_available(), reason="there is no GPU on this machine"
+        ),
+    ),
+]
 
 # Runs the script beside it on a small configuration, and keeps everything a run can end in.
 DRIVER = """
@@ -52,11 +59,22 @@ def run_scripts(folder: Path, results: Path, device: str = "cpu"):
     """Losses as they were logged, final weights and random state."""
     results.mkdir()
     log, ended = results / "log", results / "ended"
-    environment = {**os.environ, "LOG": str(log), "DEVICE": device, "PYTHONDONTWRITEBYTECODE": "1",
-                   "OBS_DRAIN_INTERVAL": "0.05", "OBS_SYSTEM_INTERVAL": "0.05",
-                   "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # fmt: skip
-    done = subprocess.run([sys.executable, folder / "run.py", ended], env=environment,
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    environment = {
+        **os.environ,
+        "LOG": str(log),
+        "DEVICE": device,
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OBS_DRAIN_INTERVAL": "0.05",
+        "OBS_SYSTEM_INTERVAL": "0.05",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }
+    done = subprocess.run(
+        [sys.executable, folder / "run.py", ended],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     losses = [(e["event"], e["step"], e["loss"]) for e in lines if "loss" in e]
@@ -84,8 +102,10 @@ def unobserved(tmp_path_factory):
     """The script without its marked lines, and without observability.py anywhere near."""
     folder = tmp_path_factory.mktemp("unobserved")
     write_scripts(folder / "scripts", observed=False)
-    return {device: run_scripts(folder / "scripts", folder / device, device)
-            for device in (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])}  # fmt: skip
+    return {
+        device: run_scripts(folder / "scripts", folder / device, device)
+        for device in (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+    }
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -94,11 +114,17 @@ def test_the_observed_run_equals_the_unobserved_one(tmp_path, unobserved, device
     observed = run_scripts(tmp_path / "scripts", tmp_path / "results", device)
     assert_equal_runs(observed, unobserved[device])
     [run_dir] = (tmp_path / "scripts/out").iterdir()
-    journal = [(r["step"], r["metrics"]["loss/train"]) for r in obs.read_run(run_dir)
-               if "loss/train" in r["metrics"]]  # fmt: skip
+    journal = [
+        (r["step"], r["metrics"]["loss/train"])
+        for r in obs.read_run(run_dir)
+        if "loss/train" in r["metrics"]
+    ]
     assert journal == [(step, loss) for event, step, loss in observed[0] if "training" in event]
-    points = [(r["step"], r["metrics"]["loss/val_step"]) for r in obs.read_run(run_dir)
-              if "loss/val_step" in r["metrics"]]  # fmt: skip
+    points = [
+        (r["step"], r["metrics"]["loss/val_step"])
+        for r in obs.read_run(run_dir)
+        if "loss/val_step" in r["metrics"]
+    ]
     assert points == [(step, loss) for event, step, loss in observed[0] if "validation" in event]
     assert not json.loads((run_dir / "results.json").read_text())["degraded"]
 
@@ -138,7 +164,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, resource.RLIM_INFINITY))
         ("import os; open(os.path.dirname(__file__) + '/out', 'w')", "the run directory is off"),
     ],
     ids=["killed timer", "no room", "a file in the way"],
-)  # fmt: skip
+)
 def test_a_run_with_broken_sinks_is_still_equal(tmp_path, unobserved, before, said):
     write_scripts(tmp_path / "scripts", observed=True, before=before)
     observed = run_scripts(tmp_path / "scripts", tmp_path / "results")
@@ -153,8 +179,9 @@ def mounted(tmp_path):
     folder.mkdir()
 
     def mount(options: str) -> Path:
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder],
-                              capture_output=True, text=True)  # fmt: skip
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True
+        )
         if done.returncode:
             pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
         return folder
@@ -206,10 +233,13 @@ def test_the_small_run_matches_its_baseline_at_every_point(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [("lr=0.012,", "lr=0.01212,"), ("seed: int = 1337", "seed: int = 1338"),
-     ("= lines[: self._train_count],", "= lines[: self._train_count][::-1],")],
+    [
+        ("lr=0.012,", "lr=0.01212,"),
+        ("seed: int = 1337", "seed: int = 1338"),
+        ("= lines[: self._train_count],", "= lines[: self._train_count][::-1],"),
+    ],
     ids=["lr", "seed", "data order"],
-)  # fmt: skip
+)
 def test_a_recipe_that_moved_fails_its_baseline(tmp_path, change):
     """lr by 1 %, the seed, the batches: ended as soon as a point is off."""
     process = start_small_run(tmp_path / "run", change)

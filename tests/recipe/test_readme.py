@@ -61,8 +61,9 @@ def own_folder(tmp_path_factory):
 def run(line, folder):
     """What a reader's shell shows for a line of the README, the folder's own path shortened."""
     words = line.replace("out/*", "out/fit out/fit-2").split()[1:]
-    done = subprocess.run([sys.executable, *words], cwd=folder, timeout=120,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *words], cwd=folder, timeout=120, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return (done.stderr + done.stdout).replace(str(folder.resolve()), "…")
 
@@ -109,8 +110,12 @@ def test_make_alone_lists_the_targets():
 
 
 def test_every_command_of_the_drop_in_is_described():
-    with_help = subprocess.run([sys.executable, MAINRUN / "observability.py", "--help"],
-                               capture_output=True, text=True, check=True).stdout  # fmt: skip
+    with_help = subprocess.run(
+        [sys.executable, MAINRUN / "observability.py", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     commands = re.findall(r"^    ([a-z]+) ", with_help, re.MULTILINE)
     described = [cells[0].strip("`").split()[0] for cells in table("What you get")]
     assert described[1:] == commands
@@ -138,8 +143,11 @@ def test_make_train_is_quoted_with_the_verdict_that_parity_gives():
 
 def test_make_tb_is_quoted_as_it_is_printed():
     said = output_of("make tb").strip()
-    assert re.fullmatch(r"http://127\.0\.0\.1:6006 shows \S+/mainrun/logs/tb "
-                        r"\(pid \d+; Ctrl-C ends it\)", said)  # fmt: skip
+    assert re.fullmatch(
+        r"http://127\.0\.0\.1:6006 shows \S+/mainrun/logs/tb "
+        r"\(pid \d+; Ctrl-C ends it\)",
+        said,
+    )
 
 
 BASELINES = ["baseline.log", *(f"tests/baselines/{p.name}" for p in ROOT.glob("tests/baselines/*"))]
@@ -150,8 +158,9 @@ def test_the_baselines_are_told_with_their_own_tolerances(name):
     [row] = [cells for cells in table("Baselines") if cells[0] == f"`{name}`"]
     curve = obs.read_curve(ROOT / name)
     assert [float(number) for number in row[3].split(",")] == [
-        curve.about["tolerance"], curve.about["tolerance_last"]
-    ]  # fmt: skip
+        curve.about["tolerance"],
+        curve.about["tolerance_last"],
+    ]
     assert f"{max(curve.points)} steps" in row[1]
     ours = "recorded here" in curve.about["recorded"]
     assert row[2].startswith("recorded here" if ours else "others")
