@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
+TESTS_STAMP := $(VENV)/.stamp-tests
 BENCH := tests/bench/.venv
 # One GPU trains the published recipe; a CPU one of the same shape, in about a minute.
 PRESET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo full || echo small)
@@ -36,15 +37,15 @@ tb: $(STAMP) ## show the curves: TensorBoard on this machine's loopback
 summarize: $(STAMP) ## a table of the runs
 	@$(if $(RUNS),$(PY) mainrun/observability.py summarize $(RUNS),echo "no run yet: make train")
 
-test: $(STAMP) ## the test suite
+test: $(TESTS_STAMP) ## the test suite
 	@$(PY) -m pytest
 
-faults: $(STAMP) ## kill a small run 320 times, then starve and damage its checkpoints
+faults: $(TESTS_STAMP) ## kill a small run 320 times, then starve and damage its checkpoints
 	@$(PY) tests/faults/campaign.py --kills 300 --chain 20
 	@$(PY) -m pytest tests/dropin/test_faults.py
 
-lint: $(STAMP) ## ruff, and mypy --strict on what users copy
-	@$(VENV)/bin/ruff check . && $(VENV)/bin/mypy
+lint: $(TESTS_STAMP) ## ruff, its formatter, and mypy --strict on all but the tests
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 bench: $(BENCH)/.stamp ## measure step(), save and run beside their peers, which get a .venv of their own
 	@$(BENCH)/bin/python tests/bench/bench_step.py
@@ -52,7 +53,7 @@ bench: $(BENCH)/.stamp ## measure step(), save and run beside their peers, which
 	@$(BENCH)/bin/python tests/bench/bench_run.py
 
 clean: ## remove the runs and the caches; keep .venv
-	rm -rf mainrun/out mainrun/logs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf mainrun/out mainrun/logs .pytest_cache .mypy_cache .ruff_cache .hypothesis build mainrun/*.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(STAMP): requirements.txt
@@ -62,4 +63,9 @@ $(BENCH)/.stamp: requirements.txt tests/bench/requirements.txt
 	@echo "installing $^ into $(@D)"
 	@$(PYTHON) -m venv $(@D)
 	@$(@D)/bin/python -m pip install -q --disable-pip-version-check $(addprefix -r ,$^)
+	@touch $@
+
+$(TESTS_STAMP): tests/requirements.txt $(STAMP)
+	@echo "installing $< into $(VENV)"
+	@$(PY) -m pip install -q --disable-pip-version-check -r $<
 	@touch $@
