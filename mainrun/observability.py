@@ -6,57 +6,70 @@ Copy this file beside train.py and add a few lines:
 
     obs.init(config=vars(args))
     obs.watch(model, optimizer=opt, scheduler=scheduler)
-    ...
-        obs.validation(val_loss)                         # after each evaluation
-        obs.step(step, loss=loss, tokens=xb.numel())     # last line of each optimizer step
+    step = 0
+    step = obs.resume(step=step)                     # puts a killed run back where it was
+    for epoch in range(1, epochs + 1):
+        if obs.skip_epoch(epoch): continue
+        for xb, yb in loader:
+            if obs.skip_batch(): continue
+            ...
+            obs.step(step, loss=loss, batch=xb)      # last line of each optimizer step
+        obs.validation(val_loss)                     # after each evaluation
     obs.finish()
 
 What a run leaves behind, beside the script:
 
-    logs/tb/run_2026-11-22T05-00-00/     TensorBoard events
-    out/<run name>/
+    logs/tb/<run>/                       TensorBoard events
+    out/<run>/
         metrics.ndjson                   every record, a line each; everything else follows from it
         config.json  run_manifest.json   what was run, on what
         training.log  results.json       evaluations and events; how it ended
         checkpoints/step_00000123/       what a resume needs, where saving is on
         plots/latest.png                 the curves, where matplotlib is installed
 
-    python observability.py run|summarize|verify|plot|parity|rebuild|tb --help
+    python observability.py summarize|verify|diff|plot|tb|… --help   (needs observability_tools.py)
 
 What it promises: it draws no random number, reads no batch, runs no forward, sets no flag and never
-waits for the device; a full disk ends the metrics, not the training; a SIGKILL loses no step.
+waits for the device; a full disk ends the metrics, not the training; a SIGKILL loses no step; and a
+resume is exact, or says beforehand why it will not be.
 It needs the standard library, and torch only where the training already has it.
+
+Part I records and runs always. Part II, checkpoints, runs where saving or resuming is on.
 """
 
 from __future__ import annotations
 
+import ast
 import atexit
 import contextlib
-import copy
 import ctypes
 import errno
 import functools
 import io
+import itertools
 import json
+import linecache
 import math
 import mmap
 import operator
 import os
+import pickle
 import platform
 import random
 import re
 import shutil
 import signal
+import stat
 import struct
 import sys
 import threading
 import time
+import types
 import weakref
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
-from itertools import accumulate, pairwise, zip_longest
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
@@ -65,13 +78,11 @@ try:
 except ImportError:  # Windows, where a live run is then not told from a dead one
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["CheckpointError", "ObservabilityError", "Run", "add_arguments", "ended", "finish",
-           "init", "latest_ckpt", "log", "read_run", "resume", "save", "skip_batch", "skip_epoch",
-           "step", "validation", "watch"]  # fmt: skip
+__all__ = ["CheckpointError", "ObservabilityError", "Run", "init", "resume", "skip_epoch", "watch"]
+__all__ += ["add_arguments", "ended", "finish", "log", "save", "skip_batch", "step", "validation"]
+__all__ += ["latest_ckpt", "read_run"]
 
 SCHEMA = 1
-SHARD_BYTES = 64 << 20  # of the journal
-TOLERANCE, TOLERANCE_LAST = 5e-4, 1e-4  # nats: how far the reference curve moves between devices
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -82,25 +93,33 @@ class ObservabilityError(Exception):
 
 
 class RunError(ObservabilityError):
-    """A run directory is missing, unreadable, or of a newer schema than this file knows."""
+    """A run directory is missing, in use, or of a newer schema than this file knows."""
 
 
 class CheckpointError(ObservabilityError):
-    """A checkpoint is missing, damaged, or not of this model; only resume() raises it."""
+    """A wanted resume cannot be; only resume(), or skip_epoch() in its place, raises it."""
 
 
-class LogError(ObservabilityError):
-    """A log is missing, is not JSON lines, or holds no validation loss."""
+class DamageError(CheckpointError):
+    """A file is not what was written. One that cannot be read is an OSError instead."""
 
 
-def _warn_once(message: str, said: set[str] = set()) -> None:  # noqa: B006, it is the memory
-    if message not in said:
-        said.add(message)
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr may be closed
-            sys.stderr.write(f"observability: {message}\n")
+_said: set[str] = set()
 
 
-def _fenced(method: Callable[P, R]) -> Callable[P, R | None]:
+def warn_once(message: str, about: str = "") -> None:
+    """To stderr, once for each message, or for all messages about the same thing."""
+    if (about or message) not in _said:
+        _said.add(about or message)
+        say(message)
+
+
+def say(message: str) -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr may be closed
+        sys.stderr.write(f"observability: {redacted(message)}\n")
+
+
+def fenced(method: Callable[P, R]) -> Callable[P, R | None]:
     """A call that cannot raise into the training loop, whatever it is handed."""
 
     @functools.wraps(method)
@@ -108,11 +127,15 @@ def _fenced(method: Callable[P, R]) -> Callable[P, R | None]:
         try:
             return method(*args, **kwargs)
         except Exception as error:  # strangers' objects, the disk, and our own mistakes
-            _warn_once(f"{method.__name__}() failed and the training goes on: {error!r}")
+            warn_once(f"{method.__name__}() failed and the training goes on: {error!r}")
             return None
 
     return call
 
+
+# ==================================================================================================
+# Part I: recording
+# ==================================================================================================
 
 # --- The run --------------------------------------------------------------------------------------
 
@@ -121,113 +144,76 @@ class Run:
     """One training run; the module's functions are its methods, on the run that `init` opened.
 
     Args:
-        run_name: directory under `out_dir`; by default a timestamp and the commit.
+        run_name: its directory in `out_dir`, or the next free one of that family, `name-2`, …;
+            by default a timestamp and the commit.
         config: hyperparameters: a dict, dataclass or Namespace. Secrets are redacted.
-        out_dir, tb_dir: relative paths start at the script's folder.
+        dataset: what the script wants said of its data, in config.json.
         enabled: False, or `OBS_DISABLE=1`, makes every call do nothing.
-        settings: the fields of `Settings`.
+        settings: the fields of `Settings` and `SaveSettings`.
     """
 
     def __init__(
-        self, run_name: str | None = None, *, config: object = None, out_dir: str | Path = "out",
-        tb_dir: str | Path = "logs/tb", enabled: bool = True, **settings: Any,
+        self,
+        run_name: str | None = None,
+        *,
+        config: object = None,
+        dataset: object = None,
+        enabled: bool = True,
+        **settings: Any,
     ) -> None:
-        self.settings = Settings.resolve(settings)
-        self.name = run_name or ""
-        self.dir: Path | None = None
-        self.global_step = 0
+        self.settings, self.saving = resolve_settings(settings)
+        self.global_step = 0  # the script's own number of the latest step
+        self.steps = 0  # optimizer steps, with those before a resume
         self.epoch: int | None = None
-        self.degraded: dict[str, str] = {}  # what broke, and how
-        self._started = time.time()
-        self._lrs: dict[str, Any] = {}
-        self._stepped = False  # an optimizer has stepped since the last call of step()
-        self._mark: float | None = None  # perf_counter() when the current iteration began
-        self._tokens = 0
-        self._epoch_began = (0.0, 0)  # perf_counter(), tokens
-        self._epoch_loss: Any = None
-        self._forms: dict[tuple[str, ...], _Form] = {}
-        self._in_flight: deque[tuple[_Form, float, int, list[Any]]] = deque()
-        self._seq = self._drained = self._dropped = 0
-        self._stuck_at = -1  # how far the sinks were when the ring was last found full for long
-        self._lock = threading.RLock()  # reentrant, for a signal handler that calls in
-        self._drain_lock, self._landing = threading.Lock(), threading.Lock()
-        self._sinks: list[Sink] = []
-        self._sinks_open = False
-        self._curve = _Curve()
-        self._keeper: Keeper | None = None
-        self._origin: Path | None = None  # the checkpoint to go on from
-        self._no_origin: CheckpointError | None = None
-        self._drawing: Any = None  # the latest process that draws the curves
-        self._rank = int(os.environ.get("RANK") or 0)
-        enabled = enabled and os.environ.get("OBS_DISABLE", "0") in ("", "0")
-        self._hooks: list[Any] = []
-        self._wake, self._stopping = threading.Event(), False
-        self._open = False
-        if enabled:
-            self._find_origin(script_dir() / out_dir)
-        if enabled and self._rank == 0:
-            self._open = bool(self._start(_plain(config), Path(out_dir), Path(tb_dir)))
-        if self._open or self._origin:
-            self._keep_checkpoints()
+        self.home: RunDirectory | None = None
+        self.header: dict[str, Any] = {"models": []}  # for config.json
+        self.watched: dict[str, list[Any]] = {kind: [] for kind in KINDS}
+        self.curve = Curve()
+        self.recorder = Recorder(self.settings, process_rank(), self.curve)
+        self.listeners: list[Any] = []
+        self.optimizers = OptimizerHooks()
+        self._pace = Pace()
+        self._checkpointer: Checkpointer | None = None
+        self._state = "off"  # then waiting (for resume), open, passing (a completed run), closed
+        if enabled and os.environ.get("OBS_DISABLE", "0") in ("", "0"):
+            _runs.add(self)
+            self._begin(run_name, config, dataset)
 
-    @_fenced
-    def _start(self, config: Any, out_dir: Path, tb_dir: Path) -> bool:
-        stamp = time.strftime("%Y-%m-%dT%H-%M-%S", time.localtime(self._started))
-        commit = git_commit()
-        tb_run = script_dir() / tb_dir / f"{self.name or 'run'}_{stamp}"
-        self.name = self.name or "_".join(filter(None, (stamp, (commit or "")[:7])))
-        self._manifest = {**manifest(commit), "hyperparameters": config}
-        earlier = _run_of(self._origin)
+    @property
+    def dir(self) -> Path | None:
+        """The run's directory; None where it has none, or not yet."""
+        return self.home.path if self.home else None
+
+    @property
+    def name(self) -> str:
+        return self.home.path.name if self.home else ""
+
+    @fenced
+    def _begin(self, name: str | None, config: object, dataset: object) -> None:
+        family = safe_name(name)
+        self._state = "waiting"
+        self.header |= {"family": family, "config": to_json(config), "dataset": to_json(dataset)}
+        if self.saving.on:
+            self._checkpointer = Checkpointer(self)
+        if self._checkpointer is None or not self._checkpointer.reserve():
+            self._open()
+
+    @fenced
+    def _open(self, resumed: Mapping[str, Any] | None = None) -> None:
+        """Begin to record, in the directory reserved by a resume or in a new one."""
+        self._state = "open"
+        if self.recorder.rank:
+            return
+        event = "resume" if resumed else "start"
+        tags: dict[str, Any] = {"event": event}
         try:
-            self.dir = earlier or _new_dir(script_dir() / out_dir, self.name)
-            self.name = self.dir.name
-            if earlier:
-                self._seq = self._drained = repair(earlier)
-                tb_run = _tb_dir(earlier)
-            self._ring = Ring(self.dir / "metrics.ring")
-        except (OSError, RunError, ValueError) as error:
-            self._degrade("the run directory", error)
-            self._ring = Ring(None)
-        if self.dir and not earlier:
-            tb_path = os.path.relpath(tb_run, self.dir)
-            header = {"schema": SCHEMA, "run": self.name, "created": self._started}
-            self._save_json("config.json", {**header, "tb_dir": tb_path, "config": config})
-        self._save_json("run_manifest.json", self._manifest)
-        self._tb_run = tb_run
-        self._event("start", run=self.name)
-        if not self._origin:
-            self._open_sinks()
-        self._timer = threading.Thread(target=self._keep_draining, daemon=True)
-        self._timer.start()
+            self.home = self.home or RunDirectory.create(self.settings, self.header)
+            tags |= self.home.describe(resumed)
+        except (OSError, RunError) as error:
+            self.recorder.degrade("the run directory", error)
+        self.recorder.open(self.home, tags, resumed, self._tick)
         atexit.register(self._at_exit)
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._forget)
-        return True
-
-    def _open_sinks(self, cut: Mapping[str, Any] | None = None) -> None:
-        """What came after the checkpoint whose state is `cut` is taken out first."""
-        if cut and self.dir and _run_of(self._origin):
-            self._curve.redone = cut_journal(self.dir, cut)
-        if run_dir := self.dir:
-            self._add_sink("journal", lambda: Journal(run_dir))
-            self._add_sink("training.log", lambda: TrainingLog(run_dir))
-        if self.settings.tensorboard:
-            purge = cut["global_step"] + 1 if cut else None
-            self._add_sink("TensorBoard", lambda: TensorBoard(self._tb_run, purge))
-        if self.settings.wandb:
-            config = self._manifest["hyperparameters"]
-            # The same after a resume, and another on each machine and in each project.
-            run_id = _sha256(self.dir / "config.json")[:16] if self.dir else None
-            self._add_sink("W&B", lambda: WeightsAndBiases(self.name, config, self.dir, run_id))
-        self._sinks_open = True
-
-    def _forget(self) -> None:
-        """In a forked worker: the run is its parent's, and so is the lock that says it lives."""
-        if self._open:
-            self._open = False
-            self._ring.close()
-        if self._keeper is not None:
-            self._keeper.let_go(None)
+        say(f"{event} at step {self.global_step}: recording in {self.dir}")
 
     def __enter__(self) -> Run:
         return self
@@ -235,25 +221,54 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.finish("completed" if kind is None else f"failed: {kind.__name__}")
 
+    def add_listener(self, listener: Any) -> None:
+        """Have `listener` told of what happens, on the loop's thread; each method is optional.
+
+        watched(run), stepped(step, metrics), evaluating(), evaluated(step, metrics), saving(step)
+        -> what the checkpoint is to keep for it, resumed(kept), finishing(status).
+        """
+        self.listeners.append(listener)
+
+    def tell(self, what: str, *facts: Any) -> None:
+        for listener in self.listeners:
+            if hasattr(listener, what):
+                fenced(getattr(listener, what))(*facts)
+
     # What the script calls.
 
-    @_fenced
+    @fenced
     def watch(
-        self, /, *models: Any, optimizer: Any = None, scheduler: Any = None, scaler: Any = None,
+        self,
+        /,
+        *models: Any,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        scaler: Any = None,
         loader: Any = None,
+        generator: Any = None,
     ) -> None:
-        """Name what is trained; each argument is one object or a sequence of them. Read only."""
-        if self._keeper is not None:
-            self._keeper.watch(model=list(models), optimizer=optimizer, scheduler=scheduler,
-                               scaler=scaler, loader=loader)  # fmt: skip
-        if not self._ready("watch"):
+        """Name what is trained; each argument is one object or a sequence of them. Read only.
+
+        Generators are torch's, numpy's or Python's own `random.Random`.
+        """
+        if self._state in ("off", "closed"):
             return
-        for index, each in enumerate(_several(optimizer)):
-            self._follow_lr("lr" if index == 0 else f"lr/{index}", each)
+        given = dict(zip(KINDS, (models, optimizer, scheduler, scaler, loader, generator)))
+        for kind, things in given.items():
+            known = {id(thing) for thing in self.watched[kind]}
+            self.watched[kind] += [t for t in map(unwrapped, several(things)) if id(t) not in known]
+        for each in several(optimizer):
+            self.optimizers.follow(each)
         for model in models:
             count = sum(parameter.numel() for parameter in model.parameters())
-            self._event("watch", model=type(model).__name__, parameters=count)
-        self._mark = time.perf_counter()
+            self.header["models"].append({"class": type(model).__name__, "parameters": count})
+            self.recorder.event(
+                "watch", self.global_step, model=type(model).__name__, parameters=count
+            )
+        if self.home is not None and self._state == "open":
+            self.home.save_config(self.header)
+        self._pace.mark = time.perf_counter()
+        self.tell("watched", self)
 
     def resume(self, /, **defaults: Any) -> Any:
         """Before the loop: put back what a checkpoint holds, where the run is to go on from one.
@@ -262,34 +277,37 @@ class Run:
             defaults: the loop-carried locals, as the script begins with them.
         Returns: their values in order, as given or as saved; of a single one, the value itself.
         Raises:
-            CheckpointError: the checkpoint that was asked for is not there, or does not fit.
+            CheckpointError: the resume that was asked for cannot be.
         """
         self._put_back()
-        return _in_order(defaults if self._keeper is None else self._keeper.locals(defaults))
+        return in_order(self._checkpointer.locals(defaults) if self._checkpointer else defaults)
 
     def _put_back(self) -> None:
         """By the first of resume() and skip_epoch(), the only calls that raise: no step is lost."""
-        if self._no_origin is not None:
-            raise self._no_origin
-        if self._keeper is not None and not self._keeper.is_back:
-            self._keeper.put_back(self._origin)
-            if self._origin is not None:
-                self._go_on(self._origin)
-
-    def _follow_lr(self, name: str, optimizer: Any) -> None:
-        def note(optimizer: Any, *_: object) -> None:
-            self._stepped = True
-            self._lrs[name] = optimizer.param_groups[0]["lr"]  # of this step, not of the next
-
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # inside a wrapper
-        if hasattr(optimizer, "register_step_post_hook"):
-            self._hooks.append(optimizer.register_step_post_hook(note))
-        else:
-            _warn_once(f"{name} is not recorded, {type(optimizer).__name__} takes no step hook")
+        checkpointer = self._checkpointer
+        if checkpointer is None or checkpointer.is_back:
+            return None
+        state = checkpointer.put_back()
+        if state is None:
+            return self._open() if self._state == "waiting" else None
+        self.global_step, self.steps = state["global_step"], state["steps"]
+        self._pace.tokens = state["tokens"]
+        if not checkpointer.completed:
+            return self._open(state)
+        self._state = "passing"
+        return say(f"{self.dir} has completed at step {self.global_step}; it is left unchanged")
 
     def step(
-        self, /, step: int | None = None, *, loss: Any = None, tokens: Any = None,
-        samples: Any = None, carry: Mapping[str, Any] | None = None, last: bool = False,
+        self,
+        /,
+        step: Any = None,
+        loss: Any = None,
+        *,
+        batch: Any = None,
+        tokens: Any = None,
+        samples: Any = None,
+        carry: Mapping[str, Any] | None = None,
+        last: bool = False,
         **metrics: Any,
     ) -> None:
         """Record one optimizer step; the last line of an iteration that made one.
@@ -297,68 +315,102 @@ class Run:
         Args:
             step: its number; without it the run counts.
             loss: a number or a one-element tensor; a CUDA tensor is not waited for.
-            tokens, samples: how many this step consumed, for the rates per second.
-            carry: the loop-carried locals that a resumed run needs.
+            batch: what was trained on, for the rates: its shape is looked at, nothing is read.
+            tokens, samples: how many this step consumed, where the batch does not tell.
+            carry: loop-carried locals that `resume` was asked for and that this call cannot see.
             last: the loop breaks after this step; a resumed run then leaves it at `ended`.
-            metrics: further numbers or one-element tensors.
+            metrics: further numbers or one-element tensors. `lr` is the one that the step used.
         """
-        if not self._open:
-            self._ready("step")
+        if self._state != "open" and not self._records("step"):
             return
         try:
-            now = time.perf_counter()
-            if step is None:
-                step = self.global_step + 1
-            elif step < self.global_step:
-                _warn_once(f"step {step} came after step {self.global_step}; both are recorded")
+            now, pace = time.perf_counter(), self._pace
+            if step.__class__ is not int:
+                step = whole_number(step, self.global_step + 1)
+            if step < self.global_step:
+                warn_once(f"step {step} came after step {self.global_step}; both stand", "order")
             record = {} if loss is None else {"loss/train": loss}
-            record.update(self._lrs)
+            record.update(self.optimizers.lrs)
+            if batch is not None and pace.batches < 2:  # else not all of them were seen
+                tokens, samples = sizes(batch, tokens, samples)
             if tokens is not None:
-                self._tokens += tokens
-            if self._mark is not None and now > self._mark:
+                pace.tokens += tokens
+            if pace.mark is not None and now > pace.mark:
                 if tokens is not None:
-                    record["speed/tokens_per_sec_step"] = tokens / (now - self._mark)
+                    record["speed/tokens_per_sec_step"] = tokens / (now - pace.mark)
                 if samples is not None:
-                    record["speed/samples_per_sec_step"] = samples / (now - self._mark)
+                    record["speed/samples_per_sec_step"] = samples / (now - pace.mark)
             record.update(metrics)
-            self.global_step, self._stepped, self._mark = step, False, now
-            self._record("train", step, record)
+            self.global_step, pace.mark, pace.batches = step, now, 0
+            self.steps += 1
+            self.optimizers.stepped = False
+            self.recorder.record("train", step, record)
+            self.tell("stepped", step, record)
         except Exception as error:  # whatever the caller handed in: the training goes on
-            _warn_once(f"step() failed and the training goes on: {error!r}")
-        if self._keeper is not None:
-            self._after_step(carry, last)
-            if self._keeper.signal is not None:
-                self._obey(self._keeper)
+            warn_once(f"step() failed and the training goes on: {error!r}")
+        if self._checkpointer is not None:
+            self._obey(self._checkpointer.after_step(carry, last))
 
-    @_fenced
+    @fenced
     def save(self, /) -> None:
-        """A checkpoint now; within an iteration, at its step()."""
-        if self._ready("save") and self._keeper is not None:
-            self._keeper.ask(self.global_step)
+        """Ask for a checkpoint: at this iteration's step(), or where the next one begins."""
+        if self._records("save"):
+            self._checkpointer = self._checkpointer or Checkpointer(self)
+            self._checkpointer.wanted = True
 
-    @_fenced
+    @fenced
     def validation(
-        self, /, loss: Any, *, step: int | None = None, epoch: int | None = None, **metrics: Any
+        self, /, loss: Any, *, step: Any = None, epoch: int | None = None, **metrics: Any
     ) -> None:
-        """Record one evaluation, at the step under way or just made unless another is given."""
-        if not self._ready("validation"):
+        """Record one evaluation, at the step under way or just made unless another is given.
+
+        `loss` is a number, a one-element tensor, or whatever an evaluate() returned: of a dict the
+        entry named val, val_loss or loss, else its first; of a tuple its first.
+        """
+        if not self._records("validation"):
             return
+        self.tell("evaluating")
         if epoch is not None and epoch != self.epoch:
             self._begin_epoch(epoch)
+        loss, others = split_loss(loss)
         # Part of this iteration's time went into the evaluation: the step's own is not known.
-        self._mark = None
-        # A copy: the script may go on adding to its tensor.
-        self._epoch_loss = loss.detach().clone() if hasattr(loss, "detach") else loss
-        record = {"loss/val_step": loss} | {f"{name}/val": v for name, v in metrics.items()}
-        if step is None:  # in mid-iteration the optimizer has stepped and step() is yet to come
-            step = self.global_step + self._stepped
-        self._record("eval", step, record)
+        # The loss as a copy: the script may go on adding to its tensor.
+        self._pace.mark = None
+        self._pace.epoch_loss = loss.detach().clone() if hasattr(loss, "detach") else loss
+        record = {f"{name}/val": value for name, value in {**others, **metrics}.items()}
+        # In mid-iteration the optimizer has stepped and step() is yet to come.
+        at = whole_number(step, self.global_step + self.optimizers.stepped)
+        evaluation = self.curve.expect(at, self.epoch, self.weights_seen())
+        self.recorder.record("eval", at, {"loss/val_step": loss, **record})
+        if self._checkpointer is not None:
+            self._checkpointer.evaluated(evaluation)
+        self.tell("evaluated", at, {"loss/val_step": loss, **record})
 
-    @_fenced
-    def log(self, /, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Record anything else, any time: numbers or one-element tensors by name."""
-        if self._ready("log"):
-            self._record("train", self.global_step if step is None else step, metrics)
+    def progress(self) -> dict[str, Any]:
+        """For state.json."""
+        return {"tokens": self._pace.tokens, "hyperparameters": self.header["config"]}
+
+    def settle(self) -> None:
+        """Wait until a checkpoint that is being written is durable."""
+        if self._checkpointer is not None:
+            self._checkpointer.settle()
+
+    def is_passing(self) -> bool:
+        """Whether a resumed run is on its way back to its place."""
+        return self._checkpointer is not None and self._checkpointer.is_passing()
+
+    def weights_seen(self) -> int:
+        """Tells one state of the weights from the next."""
+        return self.optimizers.steps or -self.steps
+
+    @fenced
+    def log(self, /, metrics: Mapping[str, Any], step: Any = None) -> None:
+        """Record anything else, any time: numbers or one-element tensors by name.
+
+        A list, dict or text is kept in the record's tags.
+        """
+        if self._records("log"):
+            self.recorder.record("train", whole_number(step, self.global_step), metrics)
 
     def skip_epoch(self, /, epoch: int | None = None) -> bool:
         """First line of an epoch's loop: `if obs.skip_epoch(epoch): continue`. Names the epoch.
@@ -366,343 +418,233 @@ class Run:
         Raises CheckpointError where resume() would, and has not been called.
         """
         self._put_back()
+        if self._checkpointer is not None:
+            self._obey(self._checkpointer.between_epochs())
         return bool(self._enter_epoch(epoch))
 
-    @_fenced
+    @fenced
     def _enter_epoch(self, epoch: int | None) -> bool:
         number = epoch if epoch is not None else (self.epoch or 0) + 1
-        skip = self._keeper is not None and self._keeper.skip_epoch(number)
-        if self._ready("skip_epoch"):
+        skip = self._checkpointer is not None and self._checkpointer.skip_epoch(number)
+        if self._records("skip_epoch"):
             self._begin_epoch(number)
-            self._mark = time.perf_counter()
-            self._epoch_loss = self._curve.epoch_losses.pop(number, None)
+            self._pace.mark, self._pace.batches = time.perf_counter(), 0
+            self._pace.epoch_loss = self.curve.epoch_losses.pop(number, None)
         return skip
 
-    @_fenced
     def skip_batch(self, /) -> bool:
         """First line of the loop over batches: `if obs.skip_batch(): continue`."""
-        return self._keeper is not None and self._keeper.skip_batch()
+        self._pace.batches += 1
+        if self._checkpointer is None:
+            return False
+        self._obey(self._checkpointer.before_batch())
+        return self._checkpointer is not None and self._checkpointer.skip_batch()
 
-    @_fenced
+    @fenced
     def ended(self, /) -> bool:
         """First line of a loop that breaks after its step: `if obs.ended(): break`."""
-        return self._keeper is not None and self._keeper.ended()
+        return self._checkpointer is not None and self._checkpointer.ended()
 
     def finish(self, /, status: str = "completed", **results: Any) -> None:
         """Write out what is left, results.json too, and close; a second call does nothing."""
-        keeper, self._keeper = self._keeper, None
-        if keeper is not None:
-            _fenced(keeper.finish)(not status.startswith(("failed", "unfinished", "signal")))
-        if self._open:
-            self._finish(status, results)
-        if keeper is not None:
-            keeper.let_go(keeper.signal)
+        checkpointer, self._checkpointer = self._checkpointer, None
+        completed = not status.startswith(("failed", "unfinished", "signal", "superseded"))
+        if checkpointer is not None:
+            fenced(checkpointer.finish)(completed)
+        if self._state == "open":
+            self._close(status, completed, results)
+        elif self.home is not None:
+            self.home.unlock()
+        self._state = "off" if self._state == "off" else "closed"
+        if checkpointer is not None:
+            checkpointer.signals.release(checkpointer.signals.number)
 
-    def _ready(self, call: str) -> bool:
-        if not self._open and self.dir is not None:
-            _warn_once(f"{call}() after finish(): it is not recorded")
-        return self._open
+    def _records(self, call: str) -> bool:
+        """Whether a call is to be recorded; of one that is not, say so."""
+        if self._state == "closed":
+            warn_once(f"{call}() after finish(): it is not recorded")
+        elif call == "step" and self._checkpointer and self._state in ("waiting", "passing"):
+            if self._state == "passing":
+                say(f"{self.dir} had completed, and the script goes on: the rest is another run")
+            else:
+                say("the run was to resume, but the script never calls resume(): it begins anew")
+            self.home = None
+            self._checkpointer.begin_anew()
+            self._open()
+        return self._state in ("open", "waiting")
 
     def _begin_epoch(self, epoch: int) -> None:
         self._end_epoch()
         self.epoch = epoch
-        self._epoch_began = (time.perf_counter(), self._tokens)
+        self._pace.epoch_began = (time.perf_counter(), self._pace.tokens)
 
     def _end_epoch(self) -> None:
         """One point per epoch: its last validation loss, and its speed with everything in it."""
         record: dict[str, Any] = {}
-        began, tokens = self._epoch_began
-        if self._epoch_loss is not None:
-            record["loss/val"] = self._epoch_loss
-        if began and self._tokens > tokens:
-            record["speed/tokens_per_sec"] = (self._tokens - tokens) / (time.perf_counter() - began)
+        pace, (began, tokens) = self._pace, self._pace.epoch_began
+        if pace.epoch_loss is not None:
+            record["loss/val"] = pace.epoch_loss
+        if began and pace.tokens > tokens:
+            record["speed/tokens_per_sec"] = (pace.tokens - tokens) / (time.perf_counter() - began)
         if record and self.epoch is not None:
-            self._record("eval", self.global_step, record, epoch=self.epoch)
-        self._epoch_loss = None
+            self.recorder.record("eval", self.global_step, record, epoch=self.epoch)
+        pace.epoch_loss = None
 
-    # Checkpoints.
+    # What runs beside the loop, and the end.
 
-    @_fenced
-    def _find_origin(self, out_dir: Path) -> None:
-        settings = self.settings
-        try:
-            self._origin = find_origin(settings.resume, out_dir, self.name, settings.ckpt_dir)
-        except CheckpointError as error:  # resume() may raise it: the loop has not begun
-            self._no_origin = error
+    def _tick(self, now: float) -> None:
+        if self.home is not None:
+            self.home.tick(now, self.settings.plot_interval)
+        if self._checkpointer is not None:
+            self._checkpointer.signals.tick(now)
 
-    @_fenced
-    def _keep_checkpoints(self) -> None:
-        within = self.dir and self.dir / "checkpoints"
-        given = self.settings.ckpt_dir and script_dir() / self.settings.ckpt_dir
-        if (directory := given or within) or self._origin:
-            self._keeper = Keeper(self.settings, Path(directory or ""), self._facts)
-        if self._keeper is not None and self._open:
-            self._keeper.manifest = json.dumps(_plain(self._manifest), indent=1).encode()
-            self._keeper.on_saved = lambda path: self._event("saved", checkpoint=path.name)
-            self._keeper.catch_signals()
+    def _obey(self, number: int | None) -> None:
+        """End as the script would have by that signal, now that the step is saved."""
+        if number is not None and self._checkpointer is not None:
+            signals = self._checkpointer.signals
+            if signals.kills(number):
+                self._close(f"signal {number}", False, {})
+            signals.release(number)
 
-    def _facts(self, step: int) -> Callable[[], dict[str, Any]]:
-        """For state.json: what the run knows now, and what its records say when it is written."""
-        now = {"tokens": self._tokens, "records": self._seq, "time": time.time(),
-               "hyperparameters": self._manifest["hyperparameters"]}  # fmt: skip
+    def forget(self) -> None:
+        """In a forked worker: the run is its parent's, and so is the lock that says it lives."""
+        self._state = "off"
+        if self.home is not None:
+            self.home.unlock()
+        if self._checkpointer is not None:
+            self._checkpointer.signals.release(None)
+            self._checkpointer = None
 
-        def facts() -> dict[str, Any]:
-            self._land()
-            self.drain()
-            return dict(_plain({**now, **self._curve.facts(step)}))
-
-        return facts
-
-    @_fenced
-    def _go_on(self, origin: Path) -> None:
-        """Be the run that the checkpoint is of, from its step on."""
-        state = read_state(origin)
-        self.global_step, self._tokens = state["global_step"], state["tokens"]
-        if not self._open:
-            return
-        now = {**numerics(), "hyperparameters": self._manifest["hyperparameters"]}
-        if other := _differences(state, _plain(now)):
-            _warn_once(f"resuming {origin} where not all is as it was, so the digits may differ: "
-                       f"{'; '.join(other)}")  # fmt: skip
-        self._curve.go_on(state)
-        self._event("resume", checkpoint=origin.name, differs="; ".join(other))
-        self._open_sinks(state)
-        if self._keeper is not None:
-            self._keeper.publish(origin)  # a kill may have come between its commit and this
-
-    @_fenced
-    def _after_step(self, carry: Mapping[str, Any] | None, last: bool) -> None:
-        if self._keeper is not None:
-            if self._open and not self._sinks_open:
-                _warn_once("the run was to resume, but the script never calls resume()")
-                self._open_sinks()
-            self._keeper.after_step(self.global_step, carry, last)
-
-    def _obey(self, keeper: Keeper) -> None:
-        """End as the script would have, now that the step is saved."""
-        number = keeper.signal
-        keeper.wait()
-        if keeper.kills():
-            self._finish(f"signal {number}", {})
-        keeper.let_go(number)
-
-    # From a value to the ring.
-
-    def _event(self, event: str, **facts: Any) -> None:
-        short = {name: str(value)[:200] for name, value in facts.items()}
-        self._record("event", self.global_step, {}, event=event, **short)
-
-    def _record(self, phase: str, step: int, metrics: Mapping[str, Any], **tags: Any) -> None:
-        if self._in_flight:
-            self._land()
-        values = [v if v.__class__ is float else _number(k, v) for k, v in metrics.items()]
-        if None in values:
-            metrics = {k: v for k, v in zip(metrics, values, strict=True) if v is not None}
-            values = [*metrics.values()]
-        form = self._form(phase, metrics, tags)
-        if form.size > Ring.SLOT:
-            self._record_halves(phase, step, dict(zip(metrics, values, strict=True)), tags)
-        elif _ONLY_FLOATS.issuperset(map(type, values)):
-            self._commit(form, time.time(), step, values)
-        else:
-            self._in_flight.append((form, time.time(), step, values))
-
-    def _land(self) -> None:
-        if self._landing.acquire(blocking=False):  # one thread at a time, to keep their order
-            try:
-                while self._in_flight and _landed(self._in_flight[0][-1]):
-                    form, wall, step, values = self._in_flight.popleft()
-                    values = [v if type(v) is float else v.take() for v in values]
-                    self._commit(form, wall, step, values)
-            finally:
-                self._landing.release()
-
-    def _form(self, phase: str, metrics: Mapping[str, Any], tags: Mapping[str, Any]) -> _Form:
-        key = (phase, *metrics)
-        if not tags and (known := self._forms.get(key)):
-            return known
-        everything = {"phase": phase, "rank": self._rank, **tags}
-        form = _form_of(json.dumps([everything, *map(str, metrics)]).encode())
-        if not tags and len(self._forms) < 1000:
-            self._forms[key] = form
-        return form
-
-    def _record_halves(
-        self, phase: str, step: int, metrics: Mapping[str, Any], tags: Mapping[str, Any]
-    ) -> None:
-        names = list(metrics)
-        if len(names) < 2:
-            return _warn_once(f"{names or tags} is too long a name and is not recorded")
-        for half in (names[: len(names) // 2], names[len(names) // 2 :]):
-            self._record(phase, step, {name: metrics[name] for name in half}, **tags)
-        return None
-
-    def _commit(self, form: _Form, wall: float, step: int, values: Sequence[float]) -> None:
-        """From here on a SIGKILL does not lose the record."""
-        # Some slots are spare, for threads that pass here together. Never wait with the lock held.
-        if self._seq - self._drained >= Ring.SLOTS - 64 and not self._make_room():
-            self._dropped += 1
-            return
-        with self._lock:
-            seq = self._seq + 1
-            form.slot.pack_into(
-                self._ring.memory, seq % Ring.SLOTS * Ring.SLOT,
-                form.size, seq, wall, step, len(form.blob), form.blob, *values, seq,
-            )  # fmt: skip
-            self._seq = seq
-
-    # From the ring to the sinks.
-
-    def _make_room(self) -> bool:
-        """Have a full ring drained; False after a second in vain, as with a sink that hangs."""
-        if self._timer is threading.current_thread() or not self._timer.is_alive():
-            self.drain()
-        self._wake.set()
-        patience = time.monotonic() + (0 if self._drained == self._stuck_at else 1)
-        while self._seq - self._drained >= Ring.SLOTS - 64:
-            if time.monotonic() > patience:
-                self._stuck_at = self._drained
-                return False
-            time.sleep(0.0002)
-        return True
-
-    def _sample(self) -> None:
-        self._record("system", self.global_step, system_metrics())
-        # Asked at init, the name of the device would start CUDA before the script does.
-        known = numerics()["device"] if "torch" in sys.modules else None
-        if known != self._manifest.get("device"):
-            self._manifest["device"] = known
-            self._save_json("run_manifest.json", self._manifest)
-
-    def _keep_draining(self) -> None:
-        sample_at, plot_at = 0.0, time.monotonic() + self.settings.plot_interval
-        while not self._stopping:
-            self._wake.wait(self.settings.drain_interval)
-            self._wake.clear()
-            try:
-                if self.settings.system_interval > 0 and sample_at <= time.monotonic():
-                    sample_at = time.monotonic() + self.settings.system_interval
-                    self._sample()
-                if self._keeper is not None and self._keeper.overdue(time.monotonic()):
-                    os.kill(os.getpid(), self._keeper.signal or 0)
-                self._land()
-                self.drain()
-                if self.settings.plot_interval > 0 and plot_at <= time.monotonic():
-                    plot_at = time.monotonic() + self.settings.plot_interval
-                    self._draw()
-            except Exception as error:  # a device or a sink: the timer must outlive both
-                self._degrade("the timer", error)
-        self._close_sinks()
-
-    def drain(self) -> None:
-        """Hand what the ring holds to the sinks."""
-        with self._drain_lock:
-            while self._drained < self._seq and self._sinks_open:
-                # A slice at a time: each write lets the training's thread run.
-                upto = min(self._seq, self._drained + 64)
-                records = map(self._ring.get, range(self._drained + 1, upto + 1))
-                self._write([record for record in records if record is not None])
-                self._drained = upto
-
-    def _close_sinks(self) -> None:
-        if not self._sinks_open:
-            self._open_sinks()
-        self.drain()
-        while self._sinks:
-            with contextlib.suppress(Exception):  # a stranger's close; the journal is written
-                self._sinks.pop().close()
-
-    def _write(self, records: list[Record]) -> None:
-        for record in records:
-            self._curve.take(record, self.epoch)
-        for sink in list(self._sinks):
-            try:
-                sink.write(records)
-            except Exception as error:  # a full disk, a stranger's package: the others go on
-                self._sinks.remove(sink)
-                self._degrade(type(sink).__name__, error)
-
-    def _degrade(self, what: str, error: Exception) -> None:
-        if what not in self.degraded:
-            self.degraded[what] = repr(error)
-            _warn_once(f"{what} is off from step {self.global_step} on: {error}")
-
-    def _add_sink(self, what: str, make: Callable[[], Sink]) -> None:
-        try:
-            self._sinks.append(make())
-        except Exception as error:  # a missing package, an unwritable path: go on without it
-            self._degrade(what, error)
-
-    # The end.
-
-    @_fenced
+    @fenced
     def _at_exit(self) -> None:
         error = getattr(sys, "last_value", None)
         self.finish("unfinished" if error is None else f"failed: {error!r}")
 
-    @_fenced
-    def _finish(self, status: str, results: Mapping[str, Any]) -> None:
-        deadline = time.monotonic() + self.settings.close_timeout
-        self._end_epoch()
-        while self._in_flight and time.monotonic() < deadline:
-            self._land()
-            time.sleep(0.001)
-        lost = self._dropped + len(self._in_flight)
-        self._event("finish", status=status, lost=lost, degraded=", ".join(self.degraded))
-        self._open, self._stopping = False, True
+    @fenced
+    def _close(self, status: str, completed: bool, results: Mapping[str, Any]) -> None:
         atexit.unregister(self._at_exit)
-        for hook in self._hooks:
+        self.optimizers.remove()
+        self.tell("finishing", status)
+        if completed:  # of an epoch that was interrupted the last evaluation is not its loss
+            self._end_epoch()
+        self._state, status = "closed", redacted(status)
+        facts = {"status": status, **self.recorder.close(status, self.global_step)}
+        if self.home is None:
+            return None
+        if not completed and not self.recorder.has_metrics:
+            return self.home.discard()  # a start that failed leaves no empty run behind
+        facts |= {"steps": self.steps, "last_step": self.global_step, **self.curve.results()}
+        self.home.save_results(facts, results)
+        if facts["degraded"]:
+            say(f"at the end of the run these were off: {', '.join(facts['degraded'])}")
+        say(f"{status} at step {self.global_step}: {self.dir}")
+        self.home.unlock()
+        return self.home.plot() if self.settings.plot_interval > 0 else None
+
+
+class Pace:
+    """What the rates divide by, and what an epoch has come to."""
+
+    def __init__(self) -> None:
+        self.mark: float | None = None  # perf_counter() when the current iteration began
+        self.batches = 0  # that skip_batch() has seen since the last step
+        self.tokens = 0
+        self.epoch_began = (0.0, 0)  # perf_counter(), tokens
+        self.epoch_loss: Any = None
+
+
+class OptimizerHooks:
+    """By the hook that torch has for each optimizer: the rates a step used, and that it stepped."""
+
+    def __init__(self) -> None:
+        self.lrs: dict[str, Any] = {}
+        self.stepped = False  # since the last call of step()
+        self.steps = 0
+        self._hooks: dict[int, Any] = {}
+
+    def follow(self, optimizer: Any) -> None:
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # inside a wrapper
+        name = f"lr/{len(self._hooks)}" if self._hooks else "lr"
+
+        def note(optimizer: Any, *_: object) -> None:
+            self.stepped = True
+            self.steps += 1
+            self.lrs[name] = as_number(name, optimizer.param_groups[0]["lr"])
+
+        if not hasattr(optimizer, "register_step_post_hook"):
+            warn_once(f"{name} is not recorded, {type(optimizer).__name__} takes no step hook")
+        elif id(optimizer) not in self._hooks:
+            self._hooks[id(optimizer)] = optimizer.register_step_post_hook(note)
+
+    def remove(self) -> None:
+        for hook in self._hooks.values():
             hook.remove()
-        self._wake.set()
-        self._timer.join(max(0.0, deadline - time.monotonic()))
-        if not self._timer.is_alive():  # it may have been killed
-            self._close_sinks()
-        self._save_json("results.json", self._results(status, lost) | _plain(results))
-        if self.degraded:
-            self._save_json("run_manifest.json", {**self._manifest, "degraded": self.degraded})
-            _warn_once(f"at the end of the run these were off: {', '.join(self.degraded)}")
-        # What could not be written stays in the ring, for whoever reads the run.
-        if self.dir and self._drained == self._seq and "Journal" not in self.degraded:
-            (self.dir / "metrics.ring").unlink(missing_ok=True)
-        if not self._timer.is_alive():
-            self._ring.close()
-        if self.settings.plot_interval > 0:
-            self._draw(last=True)
 
-    def _draw(self, *, last: bool = False) -> None:
-        """By a process of its own at the lowest priority: a thread would hold the loop's GIL."""
-        import importlib.util
-        import subprocess
 
-        drawing = self._drawing is not None and self._drawing.poll() is None
-        if self.dir is None or (drawing and not last) or not importlib.util.find_spec("matplotlib"):
-            return
-        command = [sys.executable, os.path.abspath(__file__), "plot", str(self.dir)]
-        nowhere = subprocess.DEVNULL
-        self._drawing = subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere,
-                                         start_new_session=True)  # fmt: skip
+def sizes(batch: Any, tokens: Any, samples: Any) -> tuple[Any, Any]:
+    """Tokens and samples of a batch, by its shape: int32 or int64 in two dimensions are tokens."""
+    if isinstance(batch, Mapping):
+        batch = batch.get("input_ids", next(iter(batch.values()), None))
+    elif isinstance(batch, list | tuple):
+        batch = next(iter(batch), None)
+    shape = getattr(batch, "shape", None)
+    if not shape or tokens is not None or samples is not None:
+        return tokens, samples
+    if len(shape) == 2 and str(batch.dtype).rpartition(".")[2] in ("int32", "int64"):
+        return shape[0] * shape[1], None
+    return None, shape[0]
 
-    def _results(self, status: str, lost: int) -> dict[str, Any]:
-        facts = {
-            "schema": SCHEMA,
-            "run": self.name,
-            "status": status,
-            "steps": self.global_step,
-            "wall_s": round(time.time() - self._started, 3),
-            **self._curve.results(),
-            "best_checkpoint": str(best_ckpt(self.dir / "checkpoints") or "") if self.dir else "",
-            **{k.removeprefix("system/"): v for k, v in system_metrics().items() if "peak" in k},
-            "degraded": self.degraded,
-            "lost_records": lost,
-        }
-        return {name: value for name, value in facts.items() if value not in (None, "")}
 
-    def _save_json(self, name: str, content: Mapping[str, Any]) -> None:
-        if self.dir is not None:
-            try:
-                _replace_file(self.dir / name, json.dumps(_plain(content), indent=1) + "\n")
-            except OSError as error:
-                self._degrade(name, error)
+def split_loss(given: Any) -> tuple[Any, dict[str, Any]]:
+    """The loss, and the rest of what an evaluate() returned."""
+    if isinstance(given, list | tuple):
+        given = {"loss": next(iter(given), None), **dict(zip(map(str, range(1, 99)), given[1:]))}
+    if not isinstance(given, Mapping):
+        return given, {}
+    named = (name for name in ("val", "val_loss", "loss", *given) if name in given)
+    loss = next(named, None)
+    return given.get(loss), {str(name): value for name, value in given.items() if name != loss}
+
+
+def whole_number(value: Any, otherwise: int) -> int:
+    """A step's number from whatever counts: an int of any library, a float that is whole."""
+    try:
+        if value is not None and not getattr(value, "is_cuda", False) and int(value) == value:
+            return int(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        pass
+    if value is not None:
+        warn_once(f"step={shown(value)} is no whole number; the run counts by itself", "counts")
+    return otherwise
+
+
+def in_order(values: Mapping[str, Any]) -> Any:
+    """As an assignment takes them: a tuple, of a single one the value itself."""
+    return next(iter(values.values())) if len(values) == 1 else tuple(values.values())
+
+
+def several(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def process_rank() -> int:
+    """By torch.distributed where it is initialised, else RANK."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return int(distributed.get_rank())
+    return env_int("RANK", 0)
+
+
+def env_int(name: str, otherwise: int) -> int:
+    said = os.environ.get(name) or str(otherwise)
+    if not said.isdecimal():
+        warn_once(f"{name}={said!r} is no number; it counts as {otherwise}")
+    return int(said) if said.isdecimal() else otherwise
+
+
+# --- Settings -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -710,45 +652,94 @@ class Settings:
     """What `init` takes beside its own arguments.
 
     An argument goes before its variable, `OBS_` and the name in capitals, and that before the
-    default.
+    default. Relative paths start at the script's folder.
     """
 
+    out_dir: str = "out"
+    tb_dir: str = "logs/tb"
     tensorboard: bool = True
     wandb: bool = False  # WANDB_MODE=offline or online turns it on too
-    drain_interval: float = 0.5  # seconds between two writes of the journal
+    gpu: bool = False  # gpu_* keys by NVML; CODEX_MONITORING_ENABLE_GPU=1 turns it on too
+    metrics_filename: str = "metrics.ndjson"  # another one is a stream beside the run's own
+    drain_interval: float = 0.5  # seconds between two hand-overs to TensorBoard and W&B
     system_interval: float = 10.0  # seconds between two system records, 0 for none
     plot_interval: float = 300.0  # seconds between two drawings of the curves, 0 for none
+    shard_bytes: int = 64 << 20  # after which the journal goes on in a new file
+    shard_age: float = 0.0  # seconds after which it does, 0 for never
     close_timeout: float = 5.0  # seconds that finish() may take, without a checkpoint
+
+
+@dataclass
+class SaveSettings:
+    """What `init` takes for checkpoints, in the same way."""
+
     save_interval: str = "0"  # optimizer steps between two checkpoints, or auto; 0 is off
     keep_last: int = 3  # checkpoints, beside the best and the one resumed from
+    save_best: bool = True  # one more checkpoint for each evaluation that beats all before it
     resume: str = "never"  # or auto, or the directory of a run or of a checkpoint
     ckpt_dir: str = ""  # where checkpoints lie; by default in the run's directory
     weights: str = ""  # a file for the weights alone, as of the latest checkpoint
     save_timeout: float = 120.0  # seconds that the last checkpoint may take
 
-    @classmethod
-    def resolve(cls, given: Mapping[str, Any]) -> Settings:
-        """Bad names and values are said, and the defaults stand."""
-        settings = cls(wandb=os.environ.get("WANDB_MODE") in ("offline", "online", "shared"))
-        kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(cls)}
-        if unknown := sorted(set(given) - set(kinds)):
-            _warn_once(f"init() has no setting {', '.join(unknown)}; it has {', '.join(kinds)}")
-        for name, kind in kinds.items():
-            plain = name.upper() if name in ("save_interval", "keep_last") else ""
-            said = os.environ.get(plain) or os.environ.get(f"OBS_{name.upper()}")
-            value = given.get(name, _from_arguments.get(name, said))
-            if kind is bool and isinstance(value, str):
-                value = value.lower() not in ("", "0", "false", "no", "off")
-            try:
-                setattr(settings, name, getattr(settings, name) if value is None else kind(value))
-            except (TypeError, ValueError):
-                _warn_once(f"setting {name}={value!r} is no {kind.__name__}; the default stands")
-        return settings
+    @property
+    def on(self) -> bool:
+        return self.save_interval not in ("", "0") or self.resume not in ("", "never")
+
+
+_from_arguments: dict[str, Any] = {}  # settings that came by way of the command line
+# Without a prefix, as the seed's scripts and the runbook name them.
+_OTHER_NAMES = {
+    "save_interval": "SAVE_INTERVAL",
+    "keep_last": "KEEP_LAST",
+    "gpu": "CODEX_MONITORING_ENABLE_GPU",
+}
+
+
+def resolve_settings(given: Mapping[str, Any]) -> tuple[Settings, SaveSettings]:
+    """Bad names and values are said, and the defaults stand."""
+    both = Settings(), SaveSettings()
+    both[0].wandb = os.environ.get("WANDB_MODE") in ("offline", "online", "shared")
+    kinds: dict[str, Any] = {f.name: (part, type(f.default)) for part in both for f in fields(part)}
+    if unknown := sorted(set(given) - set(kinds)):
+        warn_once(f"init() has no setting {', '.join(unknown)}; it has {', '.join(kinds)}")
+    known = {"OBS_DISABLE", *(f"OBS_{name.upper()}" for name in kinds)}
+    if unknown := sorted(name for name in os.environ if name[:4] == "OBS_" and name not in known):
+        warn_once(f"{', '.join(unknown)}: no such setting; there are {', '.join(sorted(known))}")
+    for name, (part, kind) in kinds.items():
+        other = os.environ.get(_OTHER_NAMES.get(name, ""))
+        said = _from_arguments.get(name, os.environ.get(f"OBS_{name.upper()}") or other)
+        value = said if given.get(name) is None else given[name]
+        if kind is bool and isinstance(value, str):
+            value = value.lower() not in ("", "0", "false", "no", "off")
+        try:
+            setattr(part, name, getattr(part, name) if value is None else kind(value))
+        except (TypeError, ValueError):
+            warn_once(f"setting {name}={value!r} is no {kind.__name__}; the default stands")
+    return both
+
+
+def add_arguments(parser: Any) -> None:
+    """Give an argparse parser --resume, --ckpt_dir, --keep_last_checkpoints, --save_interval."""
+
+    def add(option: str, setting: str, text: str, kind: type = str, **more: Any) -> None:
+        def argument(said: str) -> Any:
+            _from_arguments[setting] = kind(said)
+            return _from_arguments[setting]
+
+        if option not in parser._option_string_actions:  # else the script has its own
+            parser.add_argument(option, type=argument, metavar=setting.upper(), help=text, **more)
+
+    a_run = "auto, never, or a run's or a checkpoint's directory"
+    add("--resume", "resume", a_run, nargs="?", const="auto")
+    add("--ckpt_dir", "ckpt_dir", "where checkpoints lie")
+    add("--keep_last_checkpoints", "keep_last", "how many are kept", int)
+    add("--save_interval", "save_interval", "optimizer steps between two, or auto")
 
 
 # --- Facade ---------------------------------------------------------------------------------------
 
 _run: Run | None = None
+_runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
 @functools.wraps(Run, updated=())
@@ -758,18 +749,23 @@ def init(*args: Any, **kwargs: Any) -> Run:
     if _run is not None:
         _run.finish("superseded")
     _run = Run(*args, **kwargs)
-    # From now on obs.step is the run's own: handing the arguments on costs 8 us beside a real step.
-    globals().update({name: getattr(_run, name) for name in __all__ if hasattr(Run, name)})
+    return _run
+
+
+def current_run() -> Run | None:
+    """The run that `init` opened last."""
     return _run
 
 
 def _on_the_run(method: Callable[Concatenate[Run, P], R]) -> Callable[P, R | None]:
+    name = method.__name__
+
     @functools.wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> R | None:
         if _run is not None:
             return method(_run, *args, **kwargs)
-        if method.__name__ != "finish":
-            _warn_once(f"{method.__name__}() before init(): it is not recorded")
+        if name != "finish":
+            warn_once(f"{name}() before init(): it is not recorded")
         return None
 
     return call
@@ -777,28 +773,7 @@ def _on_the_run(method: Callable[Concatenate[Run, P], R]) -> Callable[P, R | Non
 
 def resume(**defaults: Any) -> Any:
     """The loop's locals in their order, as a checkpoint has them or as given: see `Run.resume`."""
-    return _in_order(defaults) if _run is None else _run.resume(**defaults)
-
-
-_from_arguments: dict[str, Any] = {}  # settings that came by way of the command line
-_ARGUMENTS = {"resume", "ckpt_dir", "keep_last_checkpoints", "save_interval"}  # their names there
-
-
-def add_arguments(parser: Any) -> None:
-    """Give an argparse parser --resume, --ckpt_dir, --keep_last_checkpoints, --save_interval."""
-    def add(option: str, setting: str, text: str, kind: type = str, **more: Any) -> None:
-        def argument(said: str) -> Any:
-            _from_arguments[setting] = kind(said)
-            return _from_arguments[setting]
-
-        if option not in parser._option_string_actions:  # else the script has its own
-            parser.add_argument(option, type=argument, metavar=setting.upper(), help=text, **more)
-
-    add("--resume", "resume", "auto, never, or a run's or a checkpoint's directory",
-        nargs="?", const="auto")  # fmt: skip
-    add("--ckpt_dir", "ckpt_dir", "where checkpoints lie")
-    add("--keep_last_checkpoints", "keep_last", "how many are kept", int)
-    add("--save_interval", "save_interval", "optimizer steps between two, or auto")
+    return in_order(defaults) if _run is None else _run.resume(**defaults)
 
 
 watch = _on_the_run(Run.watch)
@@ -812,104 +787,252 @@ log = _on_the_run(Run.log)
 finish = _on_the_run(Run.finish)
 
 
-# --- Records --------------------------------------------------------------------------------------
+def _forget_all() -> None:
+    for run in list(_runs):
+        run.forget()
 
 
-_ONLY_FLOATS = frozenset([float])
-_HEAD = struct.Struct("<IQdqI")  # a slot's size, number, time, step, and the bytes of its form
-_TAIL = struct.Struct("<Q")  # its number again
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The commands, which are a file of their own."""
+    try:
+        import observability_tools as tools
+    except ModuleNotFoundError:
+        say("for the commands copy observability_tools.py beside this file")
+        return 2
+    return tools.main(arguments)
+
+
+# --- From a value to the journal ------------------------------------------------------------------
 
 
 class Record(NamedTuple):
     """One line of the journal."""
 
-    form: _Form
+    form: Form
     seq: int
     wall: float
     step: int
     values: Sequence[float]
 
-    def as_dict(self) -> dict[str, Any]:
-        metrics = dict(zip(self.form.names, self.values, strict=True))
-        return {"schema": SCHEMA, "seq": self.seq, "time": round(self.wall, 6), "step": self.step,
-                "metrics": metrics, "tags": self.form.tags}  # fmt: skip
-
-    def line(self) -> str:
-        """As strict JSON; the template of its form is four times faster than json.dumps."""
-        if math.isfinite(sum(self.values)):
-            return self.form.line % (self.seq, self.wall, self.step, *self.values)
-        return json.dumps(_plain(self.as_dict())) + "\n"
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Record:
+        """From what `read_run` gives."""
+        form = form_of(json.dumps([record["tags"], *record["metrics"]]))
+        values = [float(value) for value in record["metrics"].values()]
+        return cls(form, record["seq"], record["time"], record["step"], values)
 
 
-class _Form:
+class Form:
     """How records of the same tags and names are written, worked out once from the two."""
 
-    def __init__(self, blob: bytes) -> None:
-        self.blob = blob
-        self.tags, *names = json.loads(blob)
+    def __init__(self, key: str) -> None:
+        self.tags, *names = json.loads(key)
         self.names: tuple[str, ...] = tuple(names)
-        # The record's number stands first and last. Fields are stored in their order, so that a
-        # record which was being written when the process died has two that differ.
-        self.slot = struct.Struct(f"<IQdqI{len(blob)}s{len(names)}dQ")
-        self.size = self.slot.size
+        self.phase = self.tags["phase"]
         metrics = ",".join(json.dumps(n).replace("%", "%%") + ":%r" for n in names)
         tags = json.dumps(self.tags).replace("%", "%%")
-        self.line = f'{{"schema":{SCHEMA},"seq":%d,"time":%.6f,"step":%d,'
-        self.line += f'"metrics":{{{metrics}}},"tags":{tags}}}\n'
-        self.event = functools.cache(functools.partial(_EventForm, self.names))  # by step's bytes
+        self._template = f'{{"schema":{SCHEMA},"seq":%d,"time":%.6f,"step":%d,'
+        self._template += f'"metrics":{{{metrics}}},"tags":{tags}'
+        self.event = functools.cache(functools.partial(EventForm, self.names))  # by step's bytes
+
+    def line(self, seq: int, wall: float, step: int, values: Sequence[float]) -> bytes:
+        """As strict JSON; the template is four times faster than json.dumps."""
+        # The sum is finite only where every value is, and one test is cheaper than many.
+        if not math.isfinite(sum(values)):
+            shown = [v if math.isfinite(v) else Quoted(json.dumps(v)) for v in values]
+            body = (self._template % (seq, wall, step, *shown)).encode()
+        else:
+            body = (self._template % (seq, wall, step, *values)).encode()
+        return b'%b,"crc":%d}\n' % (body, zlib.crc32(body))
 
 
-_form_of = functools.lru_cache(1000)(_Form)  # a script may make up names without end
+class Quoted(str):
+    """JSON has no NaN and no infinities: they are the strings "NaN", "Infinity", "-Infinity"."""
+
+    def __repr__(self) -> str:
+        return f'"{self}"'
 
 
-class Ring:
-    """The latest records, in a file's shared memory: the kernel keeps them when we are killed."""
+form_of = functools.lru_cache(1000)(Form)  # a script may make up names without end
+_ONLY_FLOATS = frozenset([float])
 
-    SLOT = 1024  # bytes of a record: some thirty metrics; a wider record is split
-    # Records between two drains. The kernel write-protects the pages at each write-back, and the
-    # next store to each may then wait for the disk: few pages, few waits.
-    SLOTS = 512
 
-    def __init__(self, path: Path | None) -> None:
-        self._fd = -1
-        if path is None:  # no place for a file: a plain queue
-            self.memory = mmap.mmap(-1, self.SLOT * self.SLOTS)
+class Recorder:
+    """Gives each value its line in the journal, and hands the lines to the other sinks.
+
+    The line is in the kernel when record() returns, so a SIGKILL loses none. What is still on a
+    device follows when it has arrived, and with it, in their order, what was recorded since.
+    """
+
+    BACKLOG = 100_000  # records that wait for a sink that hangs
+
+    def __init__(self, settings: Settings, rank: int, curve: Curve) -> None:
+        self.seq, self.rank = 0, rank
+        self.has_metrics = False
+        self._settings, self._curve = settings, curve
+        self._degraded: dict[str, str] = {}  # what broke, and how
+        self._journal: Journal | None = None
+        self._sinks: list[Sink] = []
+        self._forms: dict[tuple[str, ...], Form] = {}
+        self._pending: deque[tuple[Form, int, float, int, list[Any]]] = deque()
+        # What is recorded before the journal is open; None from then on.
+        self._held: deque[tuple[Any, ...]] | None = deque(maxlen=0 if rank else 10_000)
+        self._queue: deque[tuple[Form, int, float, int, list[float]]] = deque(maxlen=self.BACKLOG)
+        self._lock = threading.RLock()  # reentrant, for a signal handler that records
+        self._draining = threading.Lock()
+        self._stop = threading.Event()
+        self._timer: threading.Thread | None = None
+
+    def open(
+        self,
+        home: RunDirectory | None,
+        tags: Mapping[str, Any],
+        resumed: Mapping[str, Any] | None,
+        tick: Callable[[float], None],
+    ) -> None:
+        """Begin with the event that `tags` tell of; what was held comes after it."""
+        held, self._held = self._held, None
+        if home is not None:
+            if resumed is not None:
+                self.seq = self._curve.go_on(home.path, resumed)
+            self._journal = Journal(home.path / self._settings.metrics_filename, self._settings)
+            self._add_sink("training.log", lambda: TrainingLog(home.path))
+        if self._settings.tensorboard:
+            directory = home.tb_dir if home else script_dir() / self._settings.tb_dir / stamp()
+            earlier = read_run(home.path, until=self.seq) if home and resumed else ()
+            self._add_sink("TensorBoard", lambda: TensorBoard(directory, earlier))
+        if self._settings.wandb and home is not None:
+            self._add_sink("W&B", lambda: WeightsAndBiases(home, resumed is not None))
+        self.record("event", resumed["global_step"] if resumed else 0, {}, **tags)
+        for phase, step, metrics, others in held or ():
+            self.record(phase, step, metrics, **others)
+        self._timer = threading.Thread(target=self._run_timer, args=[tick], daemon=True)
+        self._timer.start()
+
+    def event(self, event: str, step: int, **facts: Any) -> None:
+        short = {name: str(value)[:200] for name, value in facts.items()}
+        self.record("event", step, {}, event=event, **short)
+
+    def record(self, phase: str, step: int, metrics: Mapping[str, Any], **tags: Any) -> None:
+        if self._pending:
+            self.land()
+        values = [v if v.__class__ is float else as_number(k, v) for k, v in metrics.items()]
+        if None in values:
+            metrics, values, tags = without_structures(metrics, values, tags)
+        if self._held is not None:
+            self._held.append((phase, step, dict(zip(metrics, values)), tags))
             return
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        # Write every block now: a store to a hole on a full disk is a SIGBUS, not an error.
-        _write_all(self._fd, bytes(self.SLOT * self.SLOTS))
-        _lock_file(self._fd)  # says that the run is alive
-        populate = getattr(mmap, "MAP_POPULATE", 0)  # Linux: no page fault at first touch
-        self.memory = mmap.mmap(self._fd, self.SLOT * self.SLOTS, mmap.MAP_SHARED | populate)
+        form = self._form(phase, metrics, tags)
+        wall = time.time()
+        with self._lock:
+            self.seq = seq = self.seq + 1
+            if self._pending or not _ONLY_FLOATS.issuperset(map(type, values)):
+                self._pending.append((form, seq, wall, step, values))
+            else:
+                self._commit(form, seq, wall, step, values)
 
-    def get(self, seq: int) -> Record | None:
-        return _unpack(self.memory, seq % self.SLOTS * self.SLOT)
+    def _form(self, phase: str, metrics: Mapping[str, Any], tags: Mapping[str, Any]) -> Form:
+        key = (phase, *metrics)
+        if not tags and (known := self._forms.get(key)):
+            return known
+        everything = {"phase": phase, "rank": self.rank, **tags}
+        form = form_of(json.dumps([everything, *map(str, metrics)]))
+        if not tags and len(self._forms) < 1000:
+            self._forms[key] = form
+        return form
 
-    def close(self) -> None:
-        self.memory.close()
-        if self._fd >= 0:
-            os.close(self._fd)
+    def _commit(self, form: Form, seq: int, wall: float, step: int, values: list[float]) -> None:
+        """From here on a SIGKILL does not lose the record."""
+        if self._journal is not None:
+            self._journal.write(form.line(seq, wall, step, values))
+        self._queue.append((form, seq, wall, step, values))
+        if form.phase == "eval" and form.names[0] == "loss/val_step":
+            self._curve.evaluated(values[0])
 
-    @classmethod
-    def left_behind(cls, path: Path, after: int) -> list[Record]:
-        """The whole records numbered above `after` in a dead or a living run's ring."""
-        content = path.read_bytes() if path.exists() else b""
-        found = [_unpack(content, at) for at in range(0, len(content), cls.SLOT)]
-        whole = [record for record in found if record is not None and record.seq > after]
-        return sorted(whole, key=operator.attrgetter("seq"))
+    def land(self) -> None:
+        """Write what has arrived from the device. Never waits for it."""
+        with self._lock:
+            while self._pending and all_arrived(self._pending[0][-1]):
+                form, seq, wall, step, values = self._pending.popleft()
+                numbers = [v if v.__class__ is float else v.take() for v in values]
+                self._commit(form, seq, wall, step, numbers)
+
+    # To the sinks, by a thread of its own.
+
+    def _run_timer(self, tick: Callable[[float], None]) -> None:
+        sampler, sample_at = SystemSampler(self._settings.gpu), 0.0
+        while not self._stop.wait(self._settings.drain_interval):
+            now = time.monotonic()
+            if self._settings.system_interval > 0 and sample_at <= now:
+                sample_at = now + self._settings.system_interval
+                self.record("system", self._curve.last_step, sampler.sample())
+            for job in (self.land, self.drain, self._keep_journal, functools.partial(tick, now)):
+                try:
+                    job()
+                except Exception as error:  # a device, a disk: the timer must outlive both
+                    self.degrade("the timer", error)
+
+    def _keep_journal(self) -> None:
+        if self._journal is not None:
+            with self._lock:
+                self._journal.retry()
+            self._journal.sync(time.monotonic())
+
+    def drain(self) -> None:
+        """Hand what has been recorded to the sinks, a slice at a time: each lets the loop run."""
+        with self._draining:
+            while self._queue:
+                records = [Record(*self._queue.popleft()) for _ in range(min(64, len(self._queue)))]
+                for record in records:
+                    self._curve.take(record)
+                self._hand_over(records)
+
+    def _hand_over(self, records: list[Record]) -> None:
+        for sink in list(self._sinks):
+            try:
+                sink.write(records)
+            except Exception as error:  # a full disk, a stranger's package: the others go on
+                self._sinks.remove(sink)
+                self.degrade(type(sink).__name__, error)
+
+    def degrade(self, what: str, error: Exception) -> None:
+        if what not in self._degraded:
+            self._degraded[what] = redacted(repr(error))
+            warn_once(f"{what} is off from step {self._curve.last_step} on: {error}")
+
+    def _add_sink(self, what: str, make: Callable[[], Sink]) -> None:
+        try:
+            self._sinks.append(make())
+        except Exception as error:  # a missing package, an unwritable path: go on without it
+            self.degrade(what, error)
+
+    def close(self, status: str, step: int) -> dict[str, Any]:
+        """Write the last event and what is still on its way; returns what there was to regret."""
+        deadline = time.monotonic() + self._settings.close_timeout
+        while self._pending and time.monotonic() < deadline:
+            self.land()
+            time.sleep(0.001)
+        lost, self._pending = len(self._pending), deque()
+        self._stop.set()
+        if self._timer is not None:
+            self._timer.join(max(0.0, deadline - time.monotonic()))
+        self.has_metrics = self._curve.recorded or any(form.names for form, *_ in self._queue)
+        self.event("finish", step, status=status, lost=lost, degraded=", ".join(self._degraded))
+        if self._timer is None or not self._timer.is_alive():  # else a sink hangs
+            self.drain()
+            while self._sinks:
+                with contextlib.suppress(Exception):  # a stranger's close; the journal is written
+                    self._sinks.pop().close()
+        if self._journal is not None:
+            lost += self._journal.close()
+        return {"lost_records": lost, "degraded": self._degraded, "records": self.seq}
 
 
-def _unpack(memory: Any, at: int) -> Record | None:
-    """The record in the slot that begins at `at`; None where there is none, or a torn one."""
-    size, seq, wall, step, blob_size = _HEAD.unpack_from(memory, at)
-    if not _HEAD.size <= size <= Ring.SLOT or seq != _TAIL.unpack_from(memory, at + size - 8)[0]:
-        return None
-    blob = bytes(memory[at + _HEAD.size : at + _HEAD.size + blob_size])
-    form = _form_of(blob)
-    return Record(form, seq, wall, step, form.slot.unpack_from(memory, at)[6:-1])
-
-
-class _Landing:
+class PendingValue:
     """A CUDA value on its way into pinned memory, as float32, behind what its stream has to do.
 
     Allocating a cell or an event for each would cost ten times as much as the copy, which takes
@@ -931,11 +1054,11 @@ class _Landing:
 
     @staticmethod
     def _allocate(count: int) -> Iterator[tuple[Any, Any, Any]]:
-        for tensor in sys.modules["torch"].empty(count, pin_memory=True).unbind():
+        for tensor in torch_module().empty(count, pin_memory=True).unbind():
             at = tensor.data_ptr()
             yield tensor, ctypes.c_uint32.from_address(at), ctypes.c_float.from_address(at)
 
-    def landed(self) -> bool:
+    def arrived(self) -> bool:
         return bool(self._cell[1].value != self._ABSENT)
 
     def take(self) -> float:
@@ -943,29 +1066,220 @@ class _Landing:
         return float(self._cell[2].value)
 
 
-def _landed(values: Sequence[Any]) -> bool:
+def all_arrived(values: Sequence[Any]) -> bool:
     for value in values:  # noqa: SIM110, a generator costs more, and each step passes here
-        if value.__class__ is _Landing and not value.landed():
+        if value.__class__ is PendingValue and not value.arrived():
             return False
     return True
 
 
-def _number(name: str, value: Any) -> Any:
-    """A float; what a CUDA value will land in; None for what is no number."""
+def as_number(name: str, value: Any) -> Any:
+    """A float; what a CUDA value will arrive in; None for what is no number."""
     try:
-        if value.__class__ is _Landing:
+        if value.__class__ is PendingValue:
             return value
+        if isinstance(value, _STRUCTURES) and not name.startswith("loss/"):
+            return None
         if getattr(value, "is_cuda", False) and value.numel() == 1:
-            return _Landing(value)
+            return PendingValue(value)
         return float(value.item() if hasattr(value, "item") else value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        return _warn_once(f"{name} is not recorded, for it is not one number: {error}")
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        return warn_once(f"{name} is not recorded, for it is not one number: {error}", name)
+
+
+_STRUCTURES = (str, list, tuple, Mapping)
+
+
+def without_structures(
+    metrics: Mapping[str, Any], values: Sequence[Any], tags: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[Any], dict[str, Any]]:
+    """Numbers stay metrics; lists, dicts and texts become tags; what is neither is left out."""
+    pairs = zip(metrics.items(), values, strict=True)
+    numbers = {name: value for (name, _), value in pairs if value is not None}
+    others = {str(n): v for n, v in metrics.items() if isinstance(v, _STRUCTURES)}
+    kept = {n: to_json(v, n) for n, v in others.items() if n[:5] != "loss/"}
+    return numbers, [*numbers.values()], {**kept, **tags}
+
+
+class Journal:
+    """metrics.ndjson: a line a record, each by one write of a file opened for appending."""
+
+    BACKLOG = 100_000  # lines that wait in memory for a full disk
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self._path, self._settings = path, settings
+        self._waiting: deque[bytes] = deque()  # for a disk that is full
+        self._dropped = 0
+        self._synced = (0.0, 0)  # when, and how far
+        self._before: list[int] = []  # files of the shards before, yet to be synced and closed
+        self._fd, self._size, self._began = self._open()
+
+    def _open(self) -> tuple[int, int, float]:
+        fd = append_to(self._path)
+        size = os.fstat(fd).st_size
+        if size and os.pread(fd, 1, size - 1) != b"\n":
+            size += os.write(fd, b"\n")  # behind a line that a kill has torn
+        return fd, size, time.time()
+
+    def write(self, line: bytes) -> None:
+        if self._waiting:
+            return self._wait(line)
+        try:
+            done = os.write(self._fd, line)
+        except OSError as error:
+            warn_once(f"{self._path} cannot be written ({error}); its lines wait in memory")
+            return self._wait(line)
+        self._size += done
+        if done < len(line):  # the disk is full: go on at the missing byte
+            return self._wait(line[done:])
+        return self._next_shard() if self._size >= self._settings.shard_bytes else None
+
+    def _wait(self, line: bytes) -> None:
+        if len(self._waiting) < self.BACKLOG:
+            self._waiting.append(line)
+        else:
+            self._dropped += 1
+
+    def retry(self) -> None:
+        """Write what waits; a file that somebody cut or took away is gone on with all the same."""
+        if not self._path.exists():
+            warn_once(f"{self._path} was removed; it is begun anew")
+            self._before.append(self._fd)
+            self._fd, self._size, self._began = self._open()
+        waiting, self._waiting = self._waiting, deque()
+        if waiting and os.fstat(self._fd).st_size != self._size:
+            waiting.appendleft(b"\n")  # its torn line is given up
+        for line in waiting:
+            self.write(line)
+        if 0 < self._settings.shard_age < time.time() - self._began and self._size:
+            self._next_shard()
+
+    def sync(self, now: float) -> None:
+        """So that a power cut costs at most two seconds."""
+        while self._before:
+            os.fsync(handle := self._before.pop())
+            os.close(handle)
+        if now - self._synced[0] >= 1 and self._synced[1] != self._size:
+            self._synced = (now, self._size)
+            os.fsync(self._fd)
+
+    def _next_shard(self) -> None:
+        number = len(shards(self._path.parent, self._path.name))
+        with contextlib.suppress(OSError):  # it goes on in the old file
+            os.rename(self._path, self._path.with_suffix(f".{number:04d}{self._path.suffix}"))
+            self._before.append(self._fd)
+            self._fd, self._size, self._began = self._open()
+
+    def close(self) -> int:
+        """Returns how many lines found no place."""
+        with contextlib.suppress(OSError):
+            self.retry()
+            self.sync(math.inf)
+        os.close(self._fd)
+        return self._dropped + len(self._waiting)
+
+
+class Evaluation:
+    """One validation: its step and epoch, which weights it was of, and its loss."""
+
+    def __init__(self, step: int, epoch: int | None, weights: int) -> None:
+        self.step, self.epoch, self.weights = step, epoch, weights
+        self.loss: float | None = None  # until it has come from the device
+
+
+class Curve:
+    """The losses: the best, the tail that a checkpoint keeps, and whether a resume fits it."""
+
+    def __init__(self) -> None:
+        self.best: Evaluation | None = None  # the lowest finite validation loss
+        self.last_step = 0
+        self.recorded = False
+        self.epoch_losses: dict[Any, float] = {}  # the last validation loss of a resumed epoch
+        self._losses: deque[tuple[int, float]] = deque(maxlen=200)
+        self._validations: deque[Evaluation] = deque(maxlen=200)
+        self._awaited: deque[Evaluation] = deque()
+        self._redone: dict[int, float] = {}  # losses by step, of what a resumed run does again
+        self._before: list[float] = []
+
+    def expect(self, step: int, epoch: int | None, weights: int) -> Evaluation:
+        self._awaited.append(Evaluation(step, epoch, weights))
+        return self._awaited[-1]
+
+    def evaluated(self, loss: float) -> None:
+        """The loss of the oldest evaluation that has none yet."""
+        evaluation = self._awaited.popleft()
+        evaluation.loss = loss
+        self._validations.append(evaluation)
+        if math.isfinite(loss) and (self.best is None or loss < (self.best.loss or 0.0)):
+            self.best = evaluation
+
+    def take(self, record: Record) -> None:
+        self.recorded = self.recorded or bool(record.values and record.form.phase != "system")
+        self.last_step = record.step
+        if record.form.phase == "train" and record.form.names[:1] == ("loss/train",):
+            self._note(record.step, record.values[0])
+
+    def results(self) -> dict[str, Any]:
+        return {
+            "final_train_loss": self._losses[-1][1] if self._losses else None,
+            "final_val_loss": self._validations[-1].loss if self._validations else None,
+            "best_val_loss": self.best.loss if self.best else None,
+            "best_val_step": self.best.step if self.best else None,
+        }
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """As of a step, for state.json; the writer may look when the loop is a little further."""
+        history = [[at, loss] for at, loss in list(self._losses) if at <= step][-100:]
+        best, latest = (
+            [v.step, v.epoch, v.loss] if v else None
+            for v in (
+                self.best,
+                next((v for v in reversed(list(self._validations)) if v.step <= step), None),
+            )
+        )
+        return {"best": best, "latest_validation": latest, "loss_history": history}
+
+    def go_on(self, run_dir: Path, state: Mapping[str, Any]) -> int:
+        """From a checkpoint's facts, and the losses that will be made again.
+
+        Returns the number of the journal's last record.
+        """
+        self.last_step, last = state["global_step"], state["seq"]
+        self._losses.extend((step, float(loss)) for step, loss in state["loss_history"])
+        self._before = [loss for _, loss in self._losses][-20:]
+        for name in ("latest_validation", "best"):
+            if state[name] is not None:
+                evaluation = Evaluation(state[name][0], state[name][1], 0)
+                evaluation.loss = float(state[name][2])
+                self.best = evaluation
+                self._validations.append(evaluation)
+        for record in read_run(run_dir, after=state["seq"]):
+            last = record["seq"]
+            if record["tags"]["phase"] == "train" and "loss/train" in record["metrics"]:
+                self._redone[record["step"]] = float(record["metrics"]["loss/train"])
+        return int(last)
+
+    def _note(self, step: int, loss: float) -> None:
+        self._losses.append((step, loss))
+        again, before = self._redone.pop(step, None), self._before
+        self._before = []
+        if again not in (None, loss) and (again == again or loss == loss):
+            self._redone.clear()
+            say(
+                f"the resumed run is not bit for bit the one before: at step {step} "
+                f"the loss is {loss!r}, before the interruption it was {again!r}"
+            )
+        if again != loss and len(before) > 2 and not loss <= 2 * max(before) - min(before):
+            say(
+                f"the loss jumps at the resume: {loss:.6g} at step {step}, "
+                f"{before[-1]:.6g} before it"
+            )
 
 
 # --- TensorBoard's format -------------------------------------------------------------------------
 
 
-class _EventForm:
+class EventForm:
     """Event{wall_time, step, summary{value{tag, simple_value}…}} of protobuf, sizes fixed.
 
     A CRC is linear: that of an event is that of the same event with its varying bytes zero, XORed
@@ -974,20 +1288,20 @@ class _EventForm:
     """
 
     def __init__(self, names: Sequence[str], step_bytes: int) -> None:
-        heads = [b"\x0a" + _varint(len(name)) + name + b"\x15" for name in map(str.encode, names)]
-        heads = [b"\x0a" + _varint(len(head) + 4) + head for head in heads]
-        summary = b"\x2a" + _varint(sum(len(head) + 4 for head in heads))
+        heads = [b"\x0a" + varint(len(name)) + name + b"\x15" for name in map(str.encode, names)]
+        heads = [b"\x0a" + varint(len(head) + 4) + head for head in heads]
+        summary = b"\x2a" + varint(sum(len(head) + 4 for head in heads))
         layout = "".join(f"{len(head)}sf" for head in heads)
         self._struct = struct.Struct(f"<cdc{step_bytes}s{len(summary)}s{layout}")
         self._parts: list[Any] = [b"\x09", 0.0, b"\x10", bytes(step_bytes), summary]
         self._parts += [part for head in heads for part in (head, 0.0)]
         blank = self._struct.pack(*self._parts)
-        self._length, self._blank_crc = _framed(blank)[:12], _crc(blank)
+        self._length, self._blank_crc = tf_record(blank)[:12], crc32c(blank)
         double, single = struct.unpack("<df", b"\x01" * 12)
         filled = self._pack(double, b"\x01" * step_bytes, [single] * len(names))
         varying = [at for at in range(len(blank)) if blank[at] != filled[at]]
         self._varying = operator.itemgetter(*varying)
-        self._tables = [_crc_table(len(blank) - 1 - at) for at in varying]
+        self._tables = [crc_table(len(blank) - 1 - at) for at in varying]
 
     def _pack(self, wall: float, step: bytes, values: Sequence[float]) -> bytes:
         self._parts[1], self._parts[3], self._parts[6::2] = wall, step, values
@@ -1002,40 +1316,45 @@ class _EventForm:
             body = self._pack(wall, step, values)
         added = map(operator.getitem, self._tables, self._varying(body))
         crc = functools.reduce(operator.xor, added, self._blank_crc)
-        return self._length + body + _masked(crc)
+        return self._length + body + masked_crc_bytes(crc)
 
 
-def _framed(body: bytes) -> bytes:
+def tf_record(body: bytes) -> bytes:
     """TFRecord: the length, its masked CRC32C, the bytes, theirs."""
     length = struct.pack("<Q", len(body))
-    return length + _masked(_crc(length)) + body + _masked(_crc(body))
+    return length + masked_crc(length) + body + masked_crc(body)
 
 
-def _masked(crc: int) -> bytes:
+def masked_crc(data: bytes) -> bytes:
+    """Four bytes, as TFRecord has them."""
+    return masked_crc_bytes(crc32c(data))
+
+
+def masked_crc_bytes(crc: int) -> bytes:
     return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
-def _crc(data: bytes) -> int:
-    """CRC32C (Castagnoli), as TFRecord has it."""
-    table, crc = _crc_table(0), 0xFFFFFFFF
+def crc32c(data: bytes) -> int:
+    """CRC32C (Castagnoli)."""
+    table, crc = crc_table(0), 0xFFFFFFFF
     for byte in data:
         crc = (crc >> 8) ^ table[(crc ^ byte) & 0xFF]
     return crc ^ 0xFFFFFFFF
 
 
 @functools.cache
-def _crc_table(distance: int) -> list[int]:
+def crc_table(distance: int) -> list[int]:
     """What each value of a byte adds to the CRC at that distance from the end."""
     if distance:
-        first = _crc_table(0)
-        return [(x >> 8) ^ first[x & 0xFF] for x in _crc_table(distance - 1)]
+        first = crc_table(0)
+        return [(x >> 8) ^ first[x & 0xFF] for x in crc_table(distance - 1)]
     table = list(range(256))
     for _ in range(8):
         table = [(x >> 1) ^ (0x82F63B78 if x & 1 else 0) for x in table]
     return table
 
 
-def _varint(number: int) -> bytes:
+def varint(number: int) -> bytes:
     number &= 0xFFFFFFFFFFFFFFFF  # a negative one as protobuf's int64
     out = bytearray()
     while number > 127:
@@ -1055,72 +1374,73 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-class Journal:
-    """metrics.ndjson, metrics.1.ndjson, …: every record, none deleted."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._dir, self._fd = run_dir, -1
-        self._next_shard()
-
-    def write(self, records: Sequence[Record]) -> None:
-        if self._size >= SHARD_BYTES:
-            self._next_shard()
-        self._size += _write_all(self._fd, "".join([r.line() for r in records]).encode())
-
-    def _next_shard(self) -> None:
-        self.close()
-        number = len(_shards(self._dir))
-        self._fd = _append_to(self._dir / _shard_name(number))
-        self._size = 0
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-
-
 class TensorBoard:
-    """An event file, an event a record; it needs neither tensorboard nor protobuf."""
+    """An event file, an event a record; it needs neither tensorboard nor protobuf.
 
-    def __init__(self, directory: Path, purge_step: int | None = None) -> None:
-        """With `purge_step`, TensorBoard forgets what earlier files have from that step on."""
-        directory.mkdir(parents=True, exist_ok=True)
-        now = time.time()
-        name = f"events.out.tfevents.{int(now)}.{platform.node()}.{os.getpid()}.obs"
-        self._fd = _append_to(directory / name)
-        head = b"\x09" + struct.pack("<d", now)
-        _write_all(self._fd, _framed(head + b"\x1a\x0dbrain.Event:2"))
-        if purge_step is not None:  # Event{step, session_log{status: START}}
-            start = head + b"\x10" + _varint(purge_step) + b"\x3a\x02\x08\x01"
-            _write_all(self._fd, _framed(start))
+    Every file, the first too, begins with a session START at step 0, upon which a reader that is
+    already open forgets what older files said: so the file of a resumed run holds the whole curve.
+    """
+
+    def __init__(self, directory: Path, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
+        """The `earlier` records, as `read_run` gives them, are written first."""
+        make_dirs(directory)
+        self._earlier = iter(earlier)
+        # A reader takes the files in the order of their names.
+        newest = max((int(name.split(".")[3]) for name in event_files(directory)), default=0)
+        second = max(int(time.time()), newest + 1)
+        name = f"events.out.tfevents.{second}.{platform.node()}.{os.getpid()}.obs"
+        self._fd = append_to(directory / name)
+        head = b"\x09" + struct.pack("<d", time.time())
+        write_all(self._fd, tf_record(head + b"\x1a\x0dbrain.Event:2"))
+        write_all(self._fd, tf_record(head + b"\x10\x00\x3a\x02\x08\x01"))  # session_log: START
 
     def write(self, records: Sequence[Record]) -> None:
-        _write_all(self._fd, b"".join([self._event(r) for r in records if r.values]))
+        while earlier := [*itertools.islice(self._earlier, 64)]:
+            self._append(map(Record.of, earlier))
+        self._append(records)
+
+    def _append(self, records: Iterable[Record]) -> None:
+        write_all(self._fd, b"".join([self._event(r) for r in records if r.values]))
 
     def _event(self, record: Record) -> bytes:
         # What is said of an epoch is drawn at the epoch.
-        step = _varint(record.form.tags.get("epoch", record.step))
+        step = varint(record.form.tags.get("epoch", record.step))
         return record.form.event(len(step)).encode(record.wall, step, record.values)
 
     def close(self) -> None:
+        self.write([])
         os.close(self._fd)
+
+
+def event_files(directory: Path) -> dict[str, int]:
+    """Ours in a run's event directory, and their sizes."""
+    found = sorted(directory.glob("events.out.tfevents.[0-9]*.obs"))
+    return {path.name: path.stat().st_size for path in found}
 
 
 class WeightsAndBiases:
     """W&B where it is installed; on this machine only with WANDB_MODE=offline."""
 
-    def __init__(
-        self, name: str, config: Mapping[str, Any], run_dir: Path | None, run_id: str | None = None
-    ) -> None:  # fmt: skip
-        with _generators_untouched():
+    def __init__(self, home: RunDirectory, resumed: bool) -> None:
+        if resumed:
+            say("W&B takes no point back: what this resume makes again is twice in its curve")
+        with generators_untouched():
             import wandb
 
-            self._run = wandb.init(name=name, config=dict(config or {}), dir=run_dir, id=run_id,
-                                   resume="allow" if run_id else None)  # fmt: skip
+            config = dict(home.config["config"] or {})
+            self._run = wandb.init(
+                name=home.path.name,
+                config=config,
+                dir=home.path,
+                id=home.config["id"],
+                resume="allow",
+            )
+            self._run.define_metric("*", step_metric="global_step")
 
     def write(self, records: Sequence[Record]) -> None:
         for record in records:
             if record.values:
-                metrics = dict(zip(record.form.names, record.values, strict=True))
+                metrics = dict(zip(record.form.names, record.values))
                 self._run.log({**metrics, "global_step": record.step})
 
     def close(self) -> None:
@@ -1128,399 +1448,389 @@ class WeightsAndBiases:
 
 
 class TrainingLog:
-    """training.log: evaluations and events as JSON lines, by structlog where it is installed."""
+    """training.log: evaluations and events as JSON lines with readable times."""
 
     def __init__(self, run_dir: Path) -> None:
-        file = self._file = (run_dir / "training.log").open("a", encoding="utf-8", buffering=1)
-        self._say: Callable[..., Any] = lambda **line: print(json.dumps(line), file=file)
-        with contextlib.suppress(ImportError):
-            import structlog  # a logger of our own: the script's set-up is not touched
-
-            renderer = structlog.processors.JSONRenderer()
-            self._say = structlog.wrap_logger(structlog.PrintLogger(file), [renderer]).info
+        self._fd = append_to(run_dir / "training.log")
 
     def write(self, records: Sequence[Record]) -> None:
-        for record in records:
-            tags = dict(record.form.tags)
-            if tags.pop("phase") in ("eval", "event"):
-                line = {"event": "validation", "time": record.wall, "step": record.step}
-                self._say(**_plain({**line, **tags, **record.as_dict()["metrics"]}))
+        lines = b"".join([self._line(r) for r in records if r.form.phase in ("eval", "event")])
+        if lines:
+            write_all(self._fd, lines)
+            os.fsync(self._fd)
+
+    def _line(self, record: Record) -> bytes:
+        line = {"event": "validation", "time": readable(record.wall), "step": record.step}
+        tags = {name: tag for name, tag in record.form.tags.items() if name != "phase"}
+        line |= {**tags, **dict(zip(record.form.names, record.values))}
+        return json.dumps(to_json(line)).encode() + b"\n"
 
     def close(self) -> None:
-        self._file.close()
+        os.close(self._fd)
 
 
-# --- Saving and resuming --------------------------------------------------------------------------
+# --- The run's directory --------------------------------------------------------------------------
 
 
-class Keeper:
-    """When a run saves, and how a killed one goes on to the same last digit.
+class RunDirectory:
+    """out/<run>/: its lock and its documents. One process writes it."""
 
-    `iter(loader)` draws from the global generators, and so may every batch. A resumed epoch
-    therefore begins with the generators as they were when it first began, passes the batches that
-    are done, and at the last of them gives the generators the state that the checkpoint has.
-    """
+    def __init__(self, path: Path, stream: str = "") -> None:
+        """Take the lock before anything is touched. Raises RunError where another process has it.
 
-    PATIENCE = 25.0  # seconds that a signal waits for the end of a step
-    SHARE = 0.005  # of the run's time, that saving at an interval of "auto" may cost
+        `stream` is empty, or sets the documents of a second stream of the run apart.
+        """
+        self.path, self._stream = path, stream
+        self._lock = lock_run(path / f"{stream}.lock")
+        self.config: dict[str, Any] = {}
+        self.manifest: dict[str, Any] = {}
+        self._plotted = time.monotonic()
+        self._plotting: Any = None
 
-    def __init__(self, settings: Settings, directory: Path, facts: Callable[[int], Any]) -> None:
-        self._settings, self._directory, self._facts = settings, directory, facts
-        self.watched: dict[str, list[Any]] = {kind: [] for kind in _KINDS}
-        self.manifest = b"{}"
-        self.every = _interval(settings.save_interval)  # steps; -1 is auto
-        self.on_saved: Callable[[Path], None] = lambda path: None
-        self.signal: int | None = None  # that came, and waits for the end of the step
-        self._signal_at = 0.0
-        self._previous: dict[int, Any] = {}
-        self._saver: Saver | None = None
-        self._carry: dict[str, Any] = {}  # the loop's locals, as resume() and step() had them last
-        self._kept: dict[str, Any] = {}  # those of the checkpoint that have yet to be given back
-        self._asked: set[str] = set()  # the names that have been
-        self.is_back = False
-        self._epoch: int | None = None
-        self._batches = 0  # of this epoch, with the one under way
-        self._between = False  # two iterations: what the script carries is what step() was given
-        self._wanted = False
-        self._step: int | None = None
-        self._cost_s, self._saved_at = 0.0, time.monotonic()
-        self._origin: Path | None = None
-        self._start_rng: Any = None  # the generators before the loop over batches
-        self._place: _Place | None = None  # that a resumed run has yet to come to
-        self._broke = False  # the loop, after the step that was last
-        self._leave = False  # the loop, in a resumed run
-
-    def watch(self, **things: Any) -> None:
-        for kind, given in things.items():
-            known = {id(thing) for thing in self.watched[kind]}
-            self.watched[kind] += [t for t in map(_bare, _several(given)) if id(t) not in known]
-
-    # Saving.
-
-    def after_step(self, step: int, carry: Mapping[str, Any] | None, last: bool) -> None:
-        before, self._step, self._broke = self._step, step, last
-        self._carry.update(carry or {})
-        self._between = True
-        if self.signal is not None or self._wanted or self._due(step, before, time.monotonic()):
-            self.save(step)
-        elif before is None and self.every:
-            self._open().prepare(self._parts())
-
-    def _due(self, step: int, before: int | None, now: float) -> bool:
-        if self.every < 0:
-            return now - self._saved_at >= max(10.0, self._cost_s / self.SHARE)
-        return self.every > 0 and step // self.every > (before or 0) // self.every
-
-    def ask(self, step: int) -> None:
-        """Save now between two iterations; within one, at its end: only then is all of it done."""
-        if self._between and self._batches:
-            self.save(step)
-        else:
-            self._wanted = True
-
-    def save(self, step: int, *, last: bool = False) -> bool:
-        """Snapshot and write behind; the last one is waited for. False while one is in flight."""
-        self._wanted = False
-        began, saver = time.monotonic(), self._open()
-        place = {"epoch": self._epoch, "step_in_epoch": self._batches, "ended": last,
-                 "broke": self._broke, **numerics()}  # fmt: skip
-        facts = self._facts(step)
-        saver.save(step, self._parts(), lambda: {**place, **facts()},
-                   wait=self._settings.save_timeout if last else 0)  # fmt: skip
-        self._saved_at = time.monotonic()
-        self._cost_s = self._saved_at - began + saver.write_s
-        return not saver.busy()
-
-    def finish(self, completed: bool) -> None:
-        """The last save, where saving is on and the loop has come to its end."""
-        step, saving = self._step, self.every or self._wanted or self._saver
-        if step is None or not saving:
-            return
-        if not (self.save(step, last=True) if completed else self.wait()):
-            _warn_once(f"the checkpoint of step {step} took over "
-                       f"{self._settings.save_timeout:g} s; raise save_timeout")  # fmt: skip
-        if self._saver is not None:
-            self._saver.close()
-
-    def wait(self) -> bool:
-        return self._saver is None or self._saver.wait(self._settings.save_timeout)
-
-    def _open(self) -> Saver:
-        if self._saver is None:
-            store = CheckpointStore(self._directory, keep_last=self._settings.keep_last)
-            store.resumed_from = self._origin
-            self._saver = Saver(store, self.watched["optimizer"], on_saved=self._saved)
-        return self._saver
-
-    def _saved(self, path: Path) -> None:
-        self.publish(path)
-        self.on_saved(path)
-
-    def publish(self, path: Path) -> None:
-        """The plain weights too, where the script asks for them."""
-        if self._settings.weights:
-            publish_weights(path, script_dir() / self._settings.weights)
-
-    def _parts(self) -> dict[str, Any]:
-        *four, loaders = (self.watched[kind] for kind in _KINDS)
-        states = [loader.state_dict() for loader in loaders if hasattr(loader, "load_state_dict")]
-        parts = capture(*four, loader=states, carry=dict(self._carry), start=self._start_rng)
-        return {**parts, "run_manifest.json": self.manifest}
-
-    # Resuming.
-
-    def put_back(self, origin: Path | None) -> None:
-        """All that the checkpoint holds but the loop's locals. Raises CheckpointError."""
-        self.is_back = True
-        self._start_rng = rng_state() if "torch" in sys.modules else None
-        if origin is None:
-            return
-        *four, loaders = (self.watched[kind] for kind in _KINDS)
-        state, saved = read_state(origin), restore(origin, *four)
-        for loader, loader_state in zip(loaders, saved["loader"], strict=False):
-            loader.load_state_dict(loader_state)
-        self._origin, self._step = origin, state["global_step"]
-        epoch, batches = state["epoch"], state["step_in_epoch"]
-        whole = not batches or (state["ended"] and epoch is not None)
-        # A loader with a state of its own is at its place already, and at its end gives no batch.
-        with contextlib.suppress(TypeError):  # some have no length
-            if saved["loader"] and len(loaders[0]) == batches:
-                saved = {**saved, "start": saved}
-        passed = batches if saved["loader"] else 0
-        self._place = _Place(epoch, batches, passed, whole, state["broke"], saved)
-        if epoch is None:
-            self._enter(self._place)
-        self._kept = saved["carry"]
-
-    def locals(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The loop's locals: each as it was saved, once; as given from then on."""
-        absent = sorted(given.keys() - self._kept.keys() - self._asked)
-        if absent and self._origin is not None:
-            raise CheckpointError(
-                f"{self._origin} has no {', '.join(absent)}, which resume() asks for; give step() "
-                f"carry={{{', '.join(f'{name!r}: {name}' for name in absent)}}}")
-        self._asked |= given.keys()
-        values = {name: _like(self._kept.pop(name), value) if name in self._kept else value
-                  for name, value in given.items()}  # fmt: skip
-        if self._epoch is not None:  # before the loop they are what they begin with, not a state
-            self._carry.update(values)
-        return values
-
-    def skip_epoch(self, epoch: int) -> bool:
-        """Whether a resumed run has done all of this epoch already."""
-        place = self._place
-        if place is not None and place.epoch is not None and epoch <= place.epoch:
-            return epoch < place.epoch or self._enter(place)
-        self._place = None
-        self._epoch, self._batches, self._between = epoch, 0, True
-        self._start_rng = rng_state() if "torch" in sys.modules else None
-        return False
-
-    def _enter(self, place: _Place) -> bool:
-        self._epoch, self._between = place.epoch, True
-        self._broke = self._leave = place.broke
-        if place.whole:
-            self._place = None
-            self._restore_rng(place.rng)
-        else:
-            self._restore_rng(place.rng["start"])
-            self._start_rng, self._batches = rng_state(), place.passed
-        return place.whole
-
-    def skip_batch(self) -> bool:
-        """Whether a resumed run has done this batch already."""
-        self._batches, self._between = self._batches + 1, False
-        if (place := self._place) is None or place.epoch != self._epoch:
-            return False
-        if self._batches >= place.batches:  # the last to pass, or a loader back at its place
-            self._place = None
-            self._restore_rng(place.rng)
-        return self._batches <= place.batches
-
-    def ended(self) -> bool:
-        """Whether a resumed run left the loop after this batch; it is the last one to be passed."""
-        if not self._leave or (self._place and self._batches + 1 < self._place.batches):
-            return False
-        if self._place is not None:
-            self.skip_batch()
-        self._leave = False
-        return True
-
-    def _restore_rng(self, rng: Mapping[str, Any]) -> None:
-        if not int(os.environ.get("RANK") or 0):  # the others must not repeat the first one's
-            set_rng_state(rng)
-
-    # Signals.
-
-    def catch_signals(self) -> None:
-        """SIGTERM and SIGINT save at the end of the step; then the script ends as it would have."""
-        if not self.every or threading.current_thread() is not threading.main_thread():
-            return
-        for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) not in (None, signal.SIG_IGN):
-                self._previous[number] = signal.signal(number, self._note_signal)
-
-    def _note_signal(self, number: int, frame: Any) -> None:
-        if self.signal is not None or self._step is None:  # the second, or no loop is under way
-            self.let_go(number)
-        else:
-            self.signal, self._signal_at = number, time.monotonic()
-
-    def overdue(self, now: float) -> bool:
-        """Whether a signal has waited too long for the end of a step."""
-        return self.signal is not None and now - self._signal_at > self.PATIENCE
-
-    def kills(self) -> bool:
-        return not callable(self._previous.get(self.signal or 0))
-
-    def let_go(self, number: int | None) -> None:
-        """Give the signals back, and this one to whom it was for."""
-        previous, self._previous, self.signal = self._previous, {}, None
-        for caught, handler in previous.items():
-            with contextlib.suppress(ValueError):  # not the main thread
-                if signal.getsignal(caught) == self._note_signal:
-                    signal.signal(caught, handler)
-        if number is None:
-            return
-        if callable(handler := previous.get(number)):
-            handler(number, None)
-        else:
-            os.kill(os.getpid(), number)
-
-
-class _Curve:
-    """The losses on their way to the sinks: the best, the tail that a checkpoint keeps, and
-    whether a resumed run fits it."""
-
-    def __init__(self) -> None:
-        self.best: tuple[float, int] | None = None  # the lowest validation loss, and its step
-        self.losses: deque[tuple[int, float]] = deque(maxlen=200)
-        self.validations: deque[tuple[int, float, Any]] = deque(maxlen=200)
-        self.epoch_losses: dict[Any, float] = {}  # the last validation loss of a resumed epoch
-        self.redone: dict[int, float] = {}  # losses by step, of what a resumed run does again
-        self._before: list[float] = []
-
-    def take(self, record: Record, epoch: int | None) -> None:
-        name = record.form.names[0] if record.values else ""
-        if name == "loss/train":
-            self.note(record.step, record.values[0])
-        elif name == "loss/val_step":
-            loss = record.values[0]
-            self.validations.append((record.step, loss, epoch))
-            if math.isfinite(loss) and (self.best is None or loss < self.best[0]):
-                self.best = (loss, record.step)
-
-    def results(self) -> dict[str, Any]:
-        best_loss, best_step = self.best or (None, None)
-        return {
-            "final_train_loss": self.losses[-1][1] if self.losses else None,
-            "final_val_loss": self.validations[-1][1] if self.validations else None,
-            "best_val_loss": best_loss,
-            "best_val_step": best_step,
+    @classmethod
+    def create(cls, settings: Settings, header: Mapping[str, Any]) -> RunDirectory:
+        """A directory of the family's name, or the next free one."""
+        out, tb = script_dir() / settings.out_dir, script_dir() / settings.tb_dir
+        stream = Path(settings.metrics_filename).stem.removeprefix("metrics")
+        stem = header["family"] or "_".join(
+            filter(None, ("run", stamp(), (git_commit() or "")[:7]))
+        )
+        make_dirs(out / stem if stream else out)
+        home = cls(out / stem if stream else free_directory(out, tb, stem), stream and f".{stream}")
+        home.config = {
+            "schema": SCHEMA,
+            "run": home.path.name,
+            "id": os.urandom(8).hex(),
+            "created": readable(time.time()),
+            "script": os.path.relpath(script_path(), out),
+            "tb_dir": os.path.relpath(tb / home.path.name / stream, home.path),
+            "checkpoints": "checkpoints",
         }
+        home.manifest = manifest()
+        home.save_config(header)
+        return home
 
-    def facts(self, step: int) -> dict[str, Any]:
-        """As of a step; the writer may look when the loop is a little further."""
-        history = [[at, loss] for at, loss in list(self.losses) if at <= step][-100:]
-        facts: dict[str, Any] = {"best": self.best, "loss_history": history}
-        for at, loss, epoch in [v for v in list(self.validations) if v[0] <= step][-1:]:
-            facts |= {"val_loss": loss, "val_step": at, "val_epoch": epoch}
-        return facts
+    @classmethod
+    def reopen(cls, path: Path) -> RunDirectory:
+        """An existing run. Raises RunError where it is alive, DamageError, OSError."""
+        home = cls(path)
+        home.config = read_sealed(path / "config.json")
+        home.manifest = read_sealed(path / "run_manifest.json")
+        return home
 
-    def go_on(self, state: Mapping[str, Any]) -> None:
-        self.losses.extend((step, float(loss)) for step, loss in state["loss_history"])
-        self._before = [loss for _, loss in self.losses][-20:]
-        self.best = state.get("best")
-        if "val_loss" in state:
-            loss, epoch = float(state["val_loss"]), state["val_epoch"]
-            self.validations.append((state["val_step"], loss, epoch))
-            if epoch == state["epoch"]:
-                self.epoch_losses[epoch] = loss
+    @property
+    def tb_dir(self) -> Path:
+        return Path(os.path.normpath(self.path / self.config["tb_dir"]))
 
-    def note(self, step: int, loss: float) -> None:
-        self.losses.append((step, loss))
-        again = self.redone.pop(step, None)
-        if again not in (None, loss) and (again == again or loss == loss):
-            self.redone.clear()
-            _warn_once(f"the resumed run is not bit for bit the one before: at step {step} "
-                       f"the loss is {loss!r}, before the interruption it was {again!r}")
-        if before := self._before:
-            self._before = []
-            if again != loss and len(before) > 2 and not loss <= 2 * max(before) - min(before):
-                _warn_once(f"the loss jumps at the resume: {loss:.6g} at step {step}, "
-                           f"{before[-1]:.6g} before it")  # fmt: skip
+    def save_config(self, header: Mapping[str, Any]) -> None:
+        self.config |= header
+        self.save("config.json", self.config)
+
+    def describe(self, resumed: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Note who started it, and return what the first record says."""
+        start = {"time": readable(time.time()), **this_process()}
+        if resumed is None or resumed.get("parent"):
+            self.manifest |= {"started": start, "hyperparameters": self.config["config"]}
+        facts = {name: (resumed or {}).get(name) for name in ("checkpoint", "parent", "differs")}
+        facts = {name: fact for name, fact in facts.items() if fact}
+        if resumed is not None:
+            self.manifest["resumed"] = [*self.manifest.get("resumed", []), {**start, **facts}]
+            facts |= {"supersedes_from": resumed["seq"], "events": event_files(self.tb_dir)}
+        self.save("run_manifest.json", self.manifest)
+        return {"run": self.path.name, **facts}
+
+    def save_results(self, facts: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+        paths = [*shards(self.path), *(self.tb_dir / name for name in event_files(self.tb_dir))]
+        sizes = {os.path.relpath(path, self.path): path.stat().st_size for path in paths}
+        results = {
+            "schema": SCHEMA,
+            "run": self.path.name,
+            **facts,
+            **peaks(),
+            "files": sizes,
+            "started": self.manifest["started"]["time"],
+            "ended": readable(time.time()),
+        }
+        best = self.path / "checkpoints" / "best"
+        if best.is_symlink():
+            results["best_checkpoint"] = f"checkpoints/{os.readlink(best)}"
+        results = {name: value for name, value in results.items() if value is not None}
+        self.save("results.json", {**results, **given})
+        self.manifest |= {"ended": results["ended"], "degraded": facts["degraded"]}
+        self.save("run_manifest.json", self.manifest)
+
+    def save(self, name: str, content: Mapping[str, Any]) -> None:
+        path = self.path / name.replace(".json", f"{self._stream}.json")
+        try:
+            replace_file(path, seal(to_json(content)), durable=True)
+        except OSError as error:
+            warn_once(f"{path} cannot be written: {error}")
+
+    def tick(self, now: float, plot_interval: float) -> None:
+        # Asked at init, the name of the device would start CUDA before the script does.
+        known = numerics()["device"] if "torch" in sys.modules else None
+        if known != self.manifest.get("device"):
+            self.manifest["device"] = known
+            self.save("run_manifest.json", self.manifest)
+        if 0 < plot_interval <= now - self._plotted:
+            self._plotted = now
+            self.plot()
+
+    def plot(self) -> None:
+        """By a process of its own at the lowest priority: a thread would hold the loop's GIL."""
+        import importlib.util
+        import subprocess
+
+        tools = Path(__file__).with_name("observability_tools.py")
+        busy = self._plotting is not None and self._plotting.poll() is None
+        if busy or not tools.exists() or not importlib.util.find_spec("matplotlib"):
+            return
+        nowhere = subprocess.DEVNULL
+        command = [sys.executable, str(tools), "plot", str(self.path)]
+        self._plotting = subprocess.Popen(
+            command, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True
+        )
+
+    def unlock(self) -> None:
+        """In a forked worker too: its parent keeps the lock."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def discard(self) -> None:
+        """Take away what a start that failed has written, and nothing else."""
+        for name in ("config.json", "run_manifest.json", "training.log", "metrics.ndjson", ".lock"):
+            (self.path / name).unlink(missing_ok=True)
+        for name in event_files(self.tb_dir):
+            (self.tb_dir / name).unlink()
+        self.unlock()
+        for directory in (self.tb_dir, self.path):
+            with contextlib.suppress(OSError):  # something else lies there
+                directory.rmdir()
 
 
-def _in_order(values: Mapping[str, Any]) -> Any:
-    """As an assignment takes them: a tuple, of a single one the value itself."""
-    return next(iter(values.values())) if len(values) == 1 else tuple(values.values())
+def lock_run(path: Path) -> int:
+    """The right to write a run, which ends with the process. Raises RunError where it is taken."""
+    fd = append_to(path)
+    patience = time.monotonic() + 0.5  # a command that looks holds it for a moment
+    while not flock(fd):
+        if time.monotonic() > patience:
+            os.close(fd)
+            raise RunError(
+                f"{path.parent} is being written by {writer_of(path.parent)}; wait for "
+                "its end, or give another name"
+            )
+        time.sleep(0.02)
+    return fd
 
 
-def _run_of(checkpoint: Path | None) -> Path | None:
-    """The directory of the run that saved it; None where checkpoints lie elsewhere."""
-    run_dir = checkpoint and checkpoint.resolve().parent.parent
-    return run_dir if run_dir and (run_dir / "config.json").exists() else None
+def writer_of(run_dir: Path) -> str:
+    with contextlib.suppress(OSError, DamageError, KeyError):
+        facts = read_sealed(run_dir / "run_manifest.json")
+        latest = [facts["started"], *facts.get("resumed", [])][-1]
+        return f"process {latest['pid']} on {latest['host']}"
+    return "another process"
 
 
-def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Each name that both have with another value, or that one of two configurations lacks."""
-    found: list[str] = []
-    for name in now.keys() - _ARGUMENTS:  # where to resume from says nothing of the digits
-        old, new = then.get(name), now[name]
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences({**dict.fromkeys(new), **old}, {**dict.fromkeys(old), **new})
-        elif old != new:
-            found.append(f"{name} was {old!r}, is {new!r}")
-    return found
-
-
-_KINDS = ("model", "optimizer", "scheduler", "scaler", "loader")
-
-
-class _Place(NamedTuple):
-    """Where in its epoch a checkpoint was made."""
-
-    epoch: Any
-    batches: int
-    passed: int  # of the batches, by the loader itself
-    whole: bool  # nothing of the epoch is left to do
-    broke: bool  # the loop was left here
-    rng: dict[str, Any]  # the generators at the checkpoint; under "start", those before the loop
-
-
-def _interval(value: str) -> int:
+def alive(run_dir: str | Path) -> bool:
+    """Whether a process is writing this run."""
     try:
-        return -1 if value == "auto" else max(0, int(value))
-    except ValueError:
-        _warn_once(f"save_interval={value!r} is neither a number of steps nor auto; none is saved")
-        return 0
+        fd = os.open(Path(run_dir) / ".lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return not flock(fd, shared=True)
+    finally:
+        os.close(fd)
 
 
-def _bare(thing: Any) -> Any:
-    """The module within torch.compile's and DDP's wrappers: names without their prefixes."""
-    inner = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module",
-             "DataParallel": "module"}  # fmt: skip
-    while name := inner.get(type(thing).__name__):
-        thing = getattr(thing, name)
-    return thing
+def free_directory(out: Path, tb: Path, stem: str) -> Path:
+    """The first of stem, stem-2, … that neither a run nor events have; it is made, to have it."""
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    for name in names:
+        with contextlib.suppress(FileExistsError):
+            if (tb / name).exists():
+                continue
+            (out / name).mkdir()
+            break
+    if name != stem:
+        say(f"{out / stem} holds another run; this one is in {out / name}")
+    return out / name
 
 
-def _like(saved: Any, given: Any) -> Any:
-    """What was carried, its tensors on the device of those that the script gave."""
-    if hasattr(saved, "untyped_storage"):
-        return saved.to(getattr(given, "device", "cpu"))
-    if isinstance(saved, dict):
-        return {k: _like(v, given.get(k) if isinstance(given, dict) else given)
-                for k, v in saved.items()}  # fmt: skip
-    if isinstance(saved, list | tuple):
-        pairs = zip_longest(saved, given[: len(saved)] if isinstance(given, list | tuple) else [])
-        return type(saved)(_like(item, like) for item, like in pairs)
-    return saved
+def safe_name(name: object) -> str:
+    """A name that stays within its folder; empty for a run without one."""
+    given = "" if name is None else str(name)
+    kept = re.sub(r"[/\\\0-\x1f]+", "_", given).strip(". ")[:200] or ("run" if given else "")
+    if kept != given:
+        say(f"the run's name {given!r} would be no plain directory; it is {kept!r}")
+    return kept
+
+
+# --- Reading a run --------------------------------------------------------------------------------
+
+
+def shards(run_dir: str | Path, filename: str = "metrics.ndjson") -> list[Path]:
+    """The files of a journal, the oldest first."""
+    current = Path(run_dir) / filename
+    older = Path(run_dir).glob(f"{current.stem}.[0-9][0-9][0-9][0-9]*{current.suffix}")
+    return [*sorted(older), *([current] if current.exists() else [])]
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The record of a line; None where it is not, to the last byte, what was written."""
+    body, mark, _ = line.rpartition(b',"crc":')
+    if not mark or line != b'%b,"crc":%d}\n' % (body, zlib.crc32(body)):
+        return None
+    try:
+        record: dict[str, Any] = json.loads(line)
+        return record if _FIELDS(record) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+_FIELDS = operator.itemgetter("seq", "time", "step", "metrics", "tags")
+_HEAD = re.compile(rb'\{"schema":(\d{1,9}),"seq":(\d{1,18}),')
+_LINE = 16 << 20  # bytes at most; a file without line ends must not fill the memory
+
+
+def read_run(
+    run_dir: str | Path,
+    filename: str = "metrics.ndjson",
+    *,
+    superseded: bool = False,
+    damage: list[str] | None = None,
+    after: int = 0,
+    until: int = sys.maxsize,
+) -> Iterator[dict[str, Any]]:
+    """The records of a run in their order, without those that a resume has made again.
+
+    Args:
+        superseded: give those too.
+        damage: gets a sentence for each line of the journal that is no record.
+        after, until: only the records with a higher number, and none with a higher one.
+    Raises:
+        RunError: there is no journal, or it is of a newer schema.
+    """
+    paths = shards(run_dir, filename)
+    if not paths:
+        raise RunError(f"{run_dir} holds no {filename}; give the directory of a run")
+    resumes = [] if superseded else list(_resumes(paths))
+    for path, number, line in _lines(paths):
+        head = _HEAD.match(line)
+        if head and int(head[1]) > SCHEMA:
+            raise RunError(
+                f"{path} has schema {int(head[1])}, this file knows up to {SCHEMA}; "
+                "use the observability.py that wrote it"
+            )
+        if head and not after < int(head[2]) <= until:
+            continue
+        record = parse_line(line)
+        if record is None:
+            if damage is not None:
+                damage.append(f"{path}, line {number}: no whole record")
+        elif record["tags"]["phase"] not in ("train", "eval") or not any(
+            first < record["seq"] < resume for first, resume in resumes
+        ):
+            yield record
+
+
+def _resumes(paths: Sequence[Path]) -> Iterator[tuple[int, int]]:
+    """For each resume the number of the checkpoint's last record, and its own."""
+    for _, _, line in _lines(paths):
+        record = parse_line(line) if b'"supersedes_from":' in line else None
+        if record and record["tags"].get("event") == "resume":
+            yield record["tags"]["supersedes_from"], record["seq"]
+
+
+def _lines(paths: Sequence[Path]) -> Iterator[tuple[Path, int, bytes]]:
+    for path in paths:
+        with open_regular(path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(_LINE), b""), 1):
+                yield path, number, line
+
+
+# --- Facts about the run --------------------------------------------------------------------------
+
+_ENVIRONMENT = re.compile(
+    r"PYTHONHASHSEED|CODEX_(AUDIT|DDP)|(CUDA|CUBLAS|NCCL|OMP|MKL|ATEN|TORCH|OBS|WANDB|SLURM)_\w+"
+    r"|(LOCAL_)?RANK|WORLD_SIZE|PRESET|TITLES"
+)
+
+
+def script_path() -> Path:
+    """The training script; in a notebook a name in the working directory."""
+    main = getattr(sys.modules.get("__main__"), "__file__", None)
+    return Path(main).resolve() if main else Path.cwd() / "notebook"
+
+
+def script_dir() -> Path:
+    return script_path().parent
+
+
+def stamp() -> str:
+    return time.strftime("%Y-%m-%dT%H-%M-%S")
+
+
+def readable(wall: float) -> str:
+    """ISO 8601, local time with its offset from UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(wall))
+
+
+def this_process() -> dict[str, Any]:
+    user = os.environ.get("USER") or os.environ.get("LOGNAME") or os.environ.get("USERNAME")
+    arguments = redacted_arguments(sys.argv)
+    return {"host": platform.node(), "pid": os.getpid(), "user": user, "command_line": arguments}
+
+
+def manifest() -> dict[str, Any]:
+    """Where the run came from. The runbook's keys are there as null when unknown."""
+    script = script_path()
+    locks = (d / name for d in script.parents for name in ("uv.lock", "uv.lock.json"))
+    lock = next((lock for lock in locks if lock.is_file()), None)
+    loaded = [(name, vars(module).get("__version__")) for name, module in [*sys.modules.items()]]
+    return {
+        "schema": SCHEMA,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git_sha": git_commit(),
+        "lock_sha256": lock and sha256(lock),
+        "env": {k: v for k, v in sorted(os.environ.items()) if _ENVIRONMENT.fullmatch(k)},
+        "script": script.name,
+        "script_sha256": sha256(script) if script.is_file() else None,
+        "command_line": redacted_arguments(sys.argv),
+        "cpu": next(iter(re.findall(r"model name\s*: (.*)", proc("cpuinfo"))), platform.machine()),
+        "packages": {n: v for n, v in sorted(loaded) if isinstance(v, str) and "." not in n},
+        **(numerics() if "torch" in sys.modules else {}),
+    }
+
+
+def git_commit() -> str | None:
+    """`GIT_SHA`, else HEAD of the script's repository, read from .git; None outside git.
+
+    By no subprocess: a forked child costs a CUDA process seconds.
+    """
+    if given := os.environ.get("GIT_SHA"):
+        return given
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        git = next(d / ".git" for d in script_path().parents if (d / ".git").exists())
+        if git.is_file():  # a worktree: "gitdir: …"
+            git = git.parent / git.read_text().partition(":")[2].strip()
+        head = (git / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head
+        common = git / "commondir"
+        root = git / common.read_text().strip() if common.exists() else git
+        if (root / head[5:]).exists():
+            return (root / head[5:]).read_text().strip()
+        packed = (line.split() for line in (root / "packed-refs").read_text().splitlines())
+        return next(words[0] for words in packed if words[1:] == [head[5:]])
+    return None
 
 
 def numerics() -> dict[str, Any]:
     """What decides about the last digits beside the seed: versions, device and flags."""
-    torch = sys.modules["torch"]
+    torch = torch_module()
     on_cuda = torch.cuda.is_initialized()
     return {
         "python": platform.python_version(),
@@ -1535,116 +1845,1347 @@ def numerics() -> dict[str, Any]:
         "matmul_precision": torch.get_float32_matmul_precision(),
         "default_dtype": str(torch.get_default_dtype()),
         "threads": torch.get_num_threads(),
-        "world_size": int(os.environ.get("WORLD_SIZE") or 1),
+        "world_size": env_int("WORLD_SIZE", 1),
     }
 
 
-def find_origin(resume: str, out_dir: Path, name: str, ckpt_dir: str) -> Path | None:
-    """The checkpoint that a run is to go on from: "never", "auto", or a path.
+def proc(name: str) -> str:
+    """A file of Linux's /proc; empty elsewhere."""
+    with contextlib.suppress(OSError):
+        return Path("/proc", name).read_text()
+    return ""
 
-    Of "auto" it is the newest of the run of this name, or, without a name, of the newest run in
-    `out_dir` that has not completed; None where there is none. Raises CheckpointError.
-    """
-    if resume in ("", "never"):
+
+class SystemSampler:
+    """Seconds, bytes and percent, of this process and of its host. Never waits for a device."""
+
+    def __init__(self, gpu: bool) -> None:
+        self._wants_gpu, self._nvml = gpu, None
+        self._before = self._clocks()
+
+    @staticmethod
+    def _clocks() -> list[float]:
+        """Seconds that passed and that this process used; ticks of all processors, and idle."""
+        ticks = [int(number) for number in proc("stat").partition("\n")[0].split()[1:9]]
+        return [time.monotonic(), time.process_time(), sum(ticks), sum(ticks[3:5])]
+
+    def sample(self) -> dict[str, float]:
+        before, self._before = self._before, self._clocks()
+        wall, own, ticks, idle = (now - then for now, then in zip(self._before, before))
+        facts = {"cpu_seconds": self._before[1], "cpu_percent": 100 * own / max(wall, 1e-9)}
+        if ticks:
+            facts["host_cpu_percent"] = 100 * (1 - idle / ticks)
+        if statm := proc("self/statm"):
+            facts["rss_bytes"] = int(statm.split()[1]) * mmap.PAGESIZE
+        kib = {line.split()[0]: int(line.split()[1]) for line in proc("meminfo").splitlines()}
+        if "MemAvailable:" in kib:
+            facts["host_ram_bytes"] = 1024 * kib["MemTotal:"]
+            facts["host_ram_used_bytes"] = 1024 * (kib["MemTotal:"] - kib["MemAvailable:"])
+            facts["host_swap_used_bytes"] = 1024 * (kib["SwapTotal:"] - kib["SwapFree:"])
+        if hasattr(os, "getloadavg"):
+            facts["host_load_1m"] = os.getloadavg()[0]
+        return {f"system/{k}": float(v) for k, v in {**facts, **peaks()}.items()} | self._gpus()
+
+    def _gpus(self) -> dict[str, float]:
+        """By NVML, whose module is called pynvml."""
+        if not self._wants_gpu:
+            return {}
+        try:
+            with generators_untouched():
+                import pynvml as nvml
+            if self._nvml is None:
+                nvml.nvmlInit()
+                self._nvml = nvml
+            every = range(nvml.nvmlDeviceGetCount())
+            return {k: v for at in every for k, v in self._gpu(nvml, at).items()}
+        except Exception as error:  # a package or driver that is not there, NVML's own errors
+            self._wants_gpu = False
+            warn_once(f"no gpu_* keys: {error}; pip install nvidia-ml-py")
+            return {}
+
+    @staticmethod
+    def _gpu(nvml: Any, at: int) -> dict[str, float]:
+        end, device = f"/{at}" if at else "", nvml.nvmlDeviceGetHandleByIndex(at)
+        memory = nvml.nvmlDeviceGetMemoryInfo(device)
+        return {
+            f"gpu_util_percent{end}": float(nvml.nvmlDeviceGetUtilizationRates(device).gpu),
+            f"gpu_memory_used_bytes{end}": float(memory.used),
+            f"gpu_memory_total_bytes{end}": float(memory.total),
+            f"gpu_power_watts{end}": nvml.nvmlDeviceGetPowerUsage(device) / 1000,
+            f"gpu_temperature_c{end}": float(nvml.nvmlDeviceGetTemperature(device, 0)),
+        }
+
+
+def peaks() -> dict[str, float]:
+    """The most memory so far, in bytes: of the process, and what torch has held on the device."""
+    facts: dict[str, float] = {}
+    with contextlib.suppress(ImportError):  # Windows
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        facts["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        facts["cuda_allocated_bytes"] = torch.cuda.memory_allocated()
+        facts["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+    return facts
+
+
+# --- JSON without secrets -------------------------------------------------------------------------
+
+_SECRET_NAME = (  # what a secret's name ends in
+    r"(?:token|secret|passw(?:or)?d|passphrase|pwd|credentials?|authorization|auth|bearer|jwt|dsn"
+    r"|cookie|signature|(?:api|access|private|secret|account|signing|encryption)[_-]?key(?:_?id)?)"
+)
+_SECRETS = {  # what a secret looks like wherever it stands, and what is left of it
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)": "",
+    r"(?<=://)[^/\s'\"]*(?=@)": "",  # a URL's user and password
+    r"(?i)\b(bearer|basic) +[\w.~+/=-]{6,}": r"\1 ",
+    rf"(?i)([\w-]*{_SECRET_NAME}\d*[\"']?\s*[=:]\s*)(?:\"[^\"]*\"|'[^']*'|[^\s&;,\"'}}<]+)": r"\1",
+    r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|AKIA|ASIA|AIza)[\w-]{8,}": "",
+    r"\beyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]*)?": "",  # a JSON web token
+}
+_PATTERNS = [(re.compile(p, re.DOTALL), f"{left}<redacted>") for p, left in _SECRETS.items()]
+_IS_SECRET = re.compile(rf"(?i)(?:.*[^a-z0-9])?[a-z0-9]*?{_SECRET_NAME}[_\d]*")
+
+
+def redacted(text: str, name: str = "") -> str:
+    """The text without what looks like a secret; nothing of it under a secret's name."""
+    if name and _IS_SECRET.fullmatch(name):
+        return "<redacted>"
+    for pattern, left in _PATTERNS:
+        text = pattern.sub(left, text)
+    return text
+
+
+def redacted_arguments(arguments: Sequence[str]) -> list[str]:
+    """`--token x` and `--token=x` without the x."""
+    options = [a if a.startswith("-") and "=" not in a else "" for a in ("", *arguments)]
+    return [redacted(argument, option) for option, argument in zip(options, arguments)]
+
+
+def to_json(value: Any, name: str = "", above: tuple[int, ...] = ()) -> Any:
+    """Anything as strict JSON, its secrets redacted; a cycle and what is too deep are left out."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int | float):  # a count of tokens is no secret, a password's digits are
+        return value if name.lower().endswith("token") else redacted_number(value, name)
+    items = items_of(value)
+    if items is None:
+        return redacted(shown(value), name)
+    if id(value) in above or len(above) > 40:
+        return "<left out: a cycle, or too deep>"
+    above = (*above, id(value))
+    if isinstance(items, list):
+        return [to_json(each, name, above) for each in items]
+    secret = name if name and _IS_SECRET.fullmatch(name) else ""
+    return {redacted(key): to_json(each, secret or key, above) for key, each in items.items()}
+
+
+def redacted_number(value: float, name: str) -> Any:
+    return "<redacted>" if name and _IS_SECRET.fullmatch(name) else value
+
+
+def items_of(value: Any) -> dict[str, Any] | list[Any] | None:
+    """What a container holds; None for what is none."""
+    try:
+        if is_dataclass(value) and not isinstance(value, type):
+            return {each.name: getattr(value, each.name, None) for each in fields(value)}
+        if type(value).__name__ in ("Namespace", "SimpleNamespace"):
+            value = vars(value)
+        if isinstance(value, Mapping):
+            return {shown(key): each for key, each in value.items()}
+        return list(value) if isinstance(value, list | tuple | set | frozenset | deque) else None
+    except Exception:  # a stranger's container
         return None
-    if resume != "auto":
-        return _checkpoint_at(Path(resume))
-    if ckpt_dir:
-        return latest_ckpt(script_dir() / ckpt_dir)
-    runs = [out_dir / name] if name else _unfinished(out_dir)
-    free = (run / "checkpoints" for run in runs if not alive(run))
-    return next(filter(None, map(latest_ckpt, free)), None)
 
 
-def _checkpoint_at(path: Path) -> Path:
-    if (path / "state.json").exists():
-        if damage := ckpt_damage(path):
-            raise CheckpointError(f"checkpoint {path} is damaged ({damage}); resume from another")
-        return path
-    if found := latest_ckpt(path / "checkpoints") or latest_ckpt(path):
-        return found
+def shown(value: Any) -> str:
+    """As text, without addresses in memory: they are others in every run."""
+    if hasattr(value, "untyped_storage"):  # to print a tensor would wait for its device
+        return f"<tensor of {tuple(value.shape)}>"
+    try:
+        return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+    except Exception:  # a stranger's __str__
+        return f"<{type(value).__name__} that cannot be shown>"
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def append_to(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+
+def write_all(fd: int, data: Any) -> int:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    return len(data)
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """For reading; a pipe or a device is refused, which would be waited for without an end."""
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise DamageError(f"{path} is no regular file")
+    return open(fd, "rb")
+
+
+def replace_file(path: Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Whole or not at all; durable: a power cut does not take it back."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        if durable:
+            os.fsync(file.fileno())
+    os.replace(temporary, path)
+    if durable:
+        sync_dir(path.parent)
+
+
+_SEAL = ',\n "self_crc32": "{:08x}"\n}}\n'  # ends a document; the sum is of all bytes before it
+
+
+def seal(content: Mapping[str, Any]) -> bytes:
+    body = json.dumps(content, indent=1, default=str).removesuffix("\n}").encode()
+    return body + _SEAL.format(zlib.crc32(body)).encode()
+
+
+def read_sealed(path: str | Path) -> dict[str, Any]:
+    """A document that `seal` made. Raises DamageError where it is not as written, OSError."""
+    with open_regular(Path(path)) as file:
+        data = file.read(64 << 20)
+    body = data[: -len(_SEAL.format(0))]
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or data != body + _SEAL.format(zlib.crc32(body)).encode():
+        raise DamageError(f"{path} is not what was written")
+    return content
+
+
+def flock(fd: int, *, shared: bool = False) -> bool:
+    """Whether the file is ours now, by a lock that ends with the process."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+def sync_dir(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_dirs(path: Path) -> None:
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for created in missing:  # or a power cut takes the whole new tree, however synced its files
+        sync_dir(created.parent)
+
+
+def sha256(path: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def torch_module() -> Any:
+    """Imported by what needs it: the commands that only read a run do without."""
+    import torch
+
+    return torch
+
+
+@contextlib.contextmanager
+def generators_untouched() -> Iterator[None]:
+    """Python's and numpy's random state stay, whatever a stranger's package draws."""
+    numpy = sys.modules.get("numpy")
+    state, numpy_state = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+
+
+# ==================================================================================================
+# Part II: checkpoints. Nothing below runs unless saving or resuming is on.
+# ==================================================================================================
+
+# --- When and where in the loop -------------------------------------------------------------------
+
+KINDS = ("model", "optimizer", "scheduler", "scaler", "loader", "generator")
+
+
+class Loop:
+    """Where the script is: which epoch, how many of its batches, and between what."""
+
+    def __init__(self) -> None:
+        self.epoch: Any = None
+        self.batches = 0  # of this epoch, with the one under way
+        self.broke = False  # the loop, after the step that was last
+        self.leave = False  # the loop, in a resumed run
+        self.start: Any = None  # the generators before the loop over batches
+
+    def begin(self, epoch: Any, start: Any, batches: int = 0) -> None:
+        self.epoch, self.start, self.batches = epoch, start, batches
+
+
+class ResumePoint(NamedTuple):
+    """The place that a resumed run has yet to come to."""
+
+    epoch: Any
+    batches: int  # that are done
+    restore_at: int  # the call of skip_batch that puts the generators back
+    passed: int  # of the batches, by a loader with a state of its own
+    whole: bool  # nothing of the epoch is left to do
+    broke: bool  # the loop was left here
+    rng: dict[str, Any]  # the generators at the checkpoint; under "start", those before the loop
+
+
+class Checkpointer:
+    """When a run saves, and how a killed one goes on to the same last digit.
+
+    `iter(loader)` draws from the global generators, and so may every batch. A resumed epoch
+    therefore begins with the generators as they were when it first began, passes the batches that
+    are done, and at the last of them gives the generators the state that the checkpoint has.
+
+    A save is exact in three places: in step(), where the batches of the epoch are counted; where
+    the next iteration begins, in skip_batch(); and between two epochs, in skip_epoch(). A save
+    that is asked for elsewhere waits for the next of them.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.wanted = False  # a save, at the next place where it is exact
+        self.is_back = False
+        self.completed = False  # the run that is resumed
+        self.policy = SavePolicy(run.saving.save_interval)
+        self.signals = Signals(lambda: run.steps > 0)
+        self._run = run
+        self._plan: Plan | None = None
+        self._error: CheckpointError | None = None
+        self._loop = Loop()
+        self._point: ResumePoint | None = None
+        self._carried = CarriedLocals()
+        self._checks = CallSiteChecks(run.watched, self._loop, self._carried)
+        self._saver: Saver | None = None
+        self._evaluation: Evaluation | None = None
+        self._saved: tuple[int, Path | None] = (0, None)  # which weights, and where
+
+    def reserve(self) -> bool:
+        """Find the run that is to be gone on with, and take its lock; False for a new run.
+
+        What keeps a wanted resume from happening is raised later, by resume().
+        """
+        run, wish = self._run, self._run.saving.resume
+        if self.policy.every:
+            self.signals.catch()
+        if wish in ("", "never"):
+            return False
+        try:
+            if run.recorder.rank:
+                return True  # as rank 0 decides
+            self._plan = find_plan(run, wish)
+            if self._plan is not None and self._plan.run_dir is not None:
+                self.completed = is_completed(self._plan.run_dir)
+                run.home = RunDirectory.reopen(self._plan.run_dir)
+        except (OSError, RunError, CheckpointError) as error:
+            self._error = as_checkpoint_error(error)
+        return self._plan is not None or self._error is not None
+
+    def begin_anew(self) -> None:
+        self.is_back, self.completed, self._plan, self._error = True, False, None, None
+        self._saver = None
+
+    # Resuming.
+
+    def put_back(self) -> dict[str, Any] | None:
+        """All that the checkpoint holds but the loop's locals; returns its state, None of none.
+
+        Raises CheckpointError.
+        """
+        run = self._run
+        self._carried.seen_from(caller())
+        self._checks.see_at_resume(names_in(caller()))
+        self._loop.start = rng_state(run.watched["generator"]) if "torch" in sys.modules else None
+        decision = Decision(run) if env_int("WORLD_SIZE", 1) > 1 else None
+        if run.recorder.rank and decision is not None and run.saving.resume not in ("", "never"):
+            self._plan = decision.wait()
+        if self._error is not None:
+            raise self._error
+        try:
+            loaded = load_newest(self._plan, run.watched) if self._plan else None
+        except (OSError, MemoryError, RuntimeError) as error:
+            raise as_checkpoint_error(error) from error
+        self.is_back = True
+        if decision is not None and not run.recorder.rank:
+            decision.publish(loaded and loaded[0], self._plan)
+        return self._restore(*loaded) if loaded else None
+
+    def _restore(self, path: Path, state: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+        run = self._run
+        if (there := state["world_size"]) != (here := env_int("WORLD_SIZE", 1)):
+            raise CheckpointError(f"{path} is of {there} processes, this launch has {here}")
+        saved |= own_generators(path, run.recorder.rank, self._checks)
+        loaders = [each for each in run.watched["loader"] if hasattr(each, "load_state_dict")]
+        for loader, loader_state in zip(loaders, saved["loader"]):
+            loader.load_state_dict(loader_state)
+        for listener in run.listeners:
+            if hasattr(listener, "resumed"):
+                listener.resumed(saved["listeners"].get(type(listener).__name__))
+        epoch, batches = state["epoch"], state["step_in_epoch"]
+        whole = not batches or (state["ended"] and epoch is not None)
+        # A loader with a state of its own is at its place already, and at its end gives no batch.
+        with contextlib.suppress(TypeError, IndexError):  # some have no length
+            if saved["loader"] and len(loaders[0]) == batches:
+                saved = {**saved, "start": saved}
+        self._point = ResumePoint(
+            epoch,
+            batches,
+            batches + state["fetched"],
+            batches if saved["loader"] else 0,
+            whole,
+            state["broke"],
+            saved,
+        )
+        if epoch is None:
+            self._enter(self._point)
+        self._carried.saved, self._carried.origin = saved["carry"], path
+        self._checks.resumed(state, path)
+        self.policy.last = state["steps"]
+        parent = None if self._plan and self._plan.run_dir else str(path)
+        differs = "; ".join(differences(state, run, saved["optimizer"]))
+        if differs:
+            say(f"resuming {path} where not all is as it was: {differs}")
+        self._saved = (0, path)
+        self._publish_weights(path)
+        return {
+            **state,
+            "checkpoint": path.name,
+            "parent": parent,
+            "differs": differs,
+            **({"seq": 0} if parent else {}),
+        }
+
+    def locals(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        return self._carried.give(given, in_epoch=self._loop.epoch is not None)
+
+    def skip_epoch(self, epoch: Any) -> bool:
+        """Whether a resumed run has done all of this epoch already."""
+        point = self._point
+        if point is not None and point.epoch is not None and epoch <= point.epoch:
+            return bool(epoch < point.epoch) or self._enter(point)
+        self._point = None
+        generators = self._run.watched["generator"]
+        self._loop.begin(epoch, rng_state(generators) if "torch" in sys.modules else None)
+        return False
+
+    def _enter(self, point: ResumePoint) -> bool:
+        self._loop.broke = self._loop.leave = point.broke
+        rng = point.rng if point.whole else point.rng["start"]
+        set_rng_state(rng, self._run.watched["generator"])
+        self._loop.begin(point.epoch, rng, 0 if point.whole else point.passed)
+        self._point = None if point.whole else point
+        return point.whole
+
+    def skip_batch(self) -> bool:
+        """Whether a resumed run has done this batch already."""
+        loop, point = self._loop, self._point
+        loop.batches += 1
+        if point is None or point.epoch != loop.epoch:
+            return False
+        if loop.batches >= point.restore_at:
+            self._point = None
+            set_rng_state(point.rng, self._run.watched["generator"])
+        return loop.batches <= point.batches
+
+    def ended(self) -> bool:
+        """Whether a resumed run left the loop after this batch; it is the last one to be passed."""
+        loop = self._loop
+        if not loop.leave or (self._point and loop.batches + 1 < self._point.batches):
+            return False
+        if self._point is not None:
+            self.skip_batch()
+        loop.leave = False
+        return True
+
+    def is_passing(self) -> bool:
+        """Whether a resumed run is on its way back: what it does there was done before."""
+        return self._point is not None
+
+    # Saving. Each returns a signal that is now to be obeyed.
+
+    def after_step(self, carry: Mapping[str, Any] | None, last: bool) -> int | None:
+        run, loop = self._run, self._loop
+        loop.broke = last
+        if carry:
+            self._carried.given.update(carry)
+        if not self._checks.seen:
+            self._checks.seen = True
+            self._first_step()
+        if not (self.wanted or self.signals.number or self.policy.due(run.steps)):
+            return None
+        self.wanted = True
+        exact = loop.epoch is None or loop.batches > 0
+        return self._save_now() if exact else None
+
+    def before_batch(self) -> int | None:
+        exact = self.wanted and self._point is None and self._loop.batches > 0
+        return self._save_now(fetched=1) if exact else None
+
+    def between_epochs(self) -> int | None:
+        exact = self.wanted and self._point is None and self._loop.epoch is not None
+        return self._save_now(ended=True) if exact else None
+
+    @fenced
+    def _first_step(self) -> None:
+        self._checks.see_at_step(caller())
+        if self.policy.every:
+            self._open_saver().prepare(self._parts(), self._checks.compare)
+
+    @fenced
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Have weights kept that no evaluation so far has found better."""
+        self._evaluation, best = evaluation, self._run.curve.best
+        if not self.policy.every or not self._run.saving.save_best:
+            return
+        if evaluation.weights == self._saved[0]:
+            self._name_best()
+        elif evaluation.loss is None or best is evaluation:
+            self.wanted = True
+
+    @fenced
+    def _save_now(self, *, ended: bool = False, fetched: int = 0) -> int | None:
+        number = self.signals.number
+        self.save(ended=ended, fetched=fetched, wait=bool(number))
+        return number
+
+    def save(self, *, ended: bool = False, fetched: int = 0, wait: bool = False) -> bool:
+        """Snapshot and write behind; False while one is in flight, unless it is to be waited for."""
+        run, loop, began = self._run, self._loop, time.monotonic()
+        self.wanted = False
+        self._carried.look(caller(), self._checks)
+        state = {
+            **numerics(),
+            "run_id": run.home.config["id"] if run.home else "",
+            "epoch": loop.epoch,
+            "step_in_epoch": loop.batches,
+            "ended": ended,
+            "fetched": fetched,
+            "broke": loop.broke,
+            "global_step": run.global_step,
+            "steps": run.steps,
+            "seq": run.recorder.seq,
+            "time": time.time(),
+            **run.progress(),
+        }
+        weights, saver = run.weights_seen(), self._open_saver()
+
+        def late() -> dict[str, Any]:
+            run.recorder.land()
+            run.recorder.drain()
+            return {**state, **run.curve.facts(state["global_step"]), **self._checks.report()}
+
+        def saved(path: Path) -> None:
+            self._saved = (weights, path)
+            self._name_best()
+            self._publish_weights(path)
+            run.recorder.event("saved", state["global_step"], checkpoint=path.name)
+
+        done = saver.save(
+            run.global_step, self._parts, late, saved, wait=run.saving.save_timeout if wait else 0
+        )
+        self.policy.saved(run.steps, began, saver.write_s)
+        return done
+
+    def _parts(self) -> dict[str, Any]:
+        run = self._run
+        loaders = [
+            each.state_dict() for each in run.watched["loader"] if hasattr(each, "load_state_dict")
+        ]
+        kept = {
+            type(each).__name__: each.saving(run.global_step)
+            for each in run.listeners
+            if hasattr(each, "saving")
+        }
+        rng = {
+            **rng_state(run.watched["generator"]),
+            "start": self._loop.start,
+            "loader": loaders,
+            "listeners": kept,
+            "carry": self._carried.now,
+        }
+        if run.recorder.rank:
+            return {"rng_state.pt": rng}
+        manifest = json.dumps(to_json(run.home.manifest if run.home else {}), indent=1)
+        return {**capture(run.watched), "rng_state.pt": rng, "run_manifest.json": manifest.encode()}
+
+    def _open_saver(self) -> Saver:
+        if self._saver is None:
+            run = self._run
+            keep, directory = run.saving.keep_last, self._directory()
+            if rank := run.recorder.rank:  # its own generators; more of them, as rank 0 may skip
+                keep, directory = 10 * keep, directory / f"rank{rank}"
+            store = CheckpointStore(directory, run.home.config["id"] if run.home else "", keep)
+            store.keep = {self._saved[1]} if self._saved[1] else set()
+            self._saver = Saver(store)
+        return self._saver
+
+    def _directory(self) -> Path:
+        run = self._run
+        if run.recorder.rank:
+            return Decision(run).directory()
+        if run.home is None:
+            raise CheckpointError("there is no directory of a run to save in")
+        if run.saving.ckpt_dir:
+            given = script_dir() / run.saving.ckpt_dir
+            run.home.save_config({"checkpoints": os.path.relpath(given, run.home.path)})
+        return run.home.path / str(run.home.config["checkpoints"])
+
+    def _name_best(self) -> None:
+        evaluation, (weights, path) = self._evaluation, self._saved
+        if evaluation is None or path is None or self._saver is None or evaluation.loss is None:
+            return
+        if evaluation.weights == weights and evaluation is self._run.curve.best:
+            self._saver.store.link("best", path)
+
+    @fenced
+    def _publish_weights(self, path: Path) -> None:
+        """The plain weights too, where the script asks for them."""
+        if self._run.saving.weights and not self._run.recorder.rank:
+            publish_weights(path, script_dir() / self._run.saving.weights)
+
+    def finish(self, completed: bool) -> None:
+        """The last save, where saving is on and the loop has come to its end."""
+        run, timeout = self._run, self._run.saving.save_timeout
+        saving = self.policy.every or self.wanted or self._saver
+        if not saving or not self._checks.seen:
+            return
+        done = self.save(ended=True, wait=True) if completed else self.settle()
+        if not done:
+            say(
+                f"the checkpoint of step {run.global_step} took over {timeout:g} s; "
+                "raise save_timeout"
+            )
+        self._name_best()
+
+    def settle(self) -> bool:
+        """Wait until what is in flight is durable, or has failed."""
+        return self._saver is None or self._saver.wait(self._run.saving.save_timeout)
+
+
+class SavePolicy:
+    """Every so many optimizer steps; or as often as keeps the cost under a share of the time."""
+
+    SHARE = 0.005
+
+    def __init__(self, interval: str) -> None:
+        self.every = self._parsed(interval)  # steps; -1 is auto, 0 is off
+        self.last = 0  # steps at the last save that came by the interval
+        self._cost_s, self._saved_at = 0.0, time.monotonic()
+
+    @staticmethod
+    def _parsed(interval: str) -> int:
+        if interval == "auto":
+            return -1
+        if interval.strip().isdecimal():
+            return int(interval)
+        warn_once(
+            f"save_interval={interval!r} is neither a number of steps nor auto: none is saved"
+        )
+        return 0
+
+    def due(self, steps: int) -> bool:
+        if self.every < 0:
+            return time.monotonic() - self._saved_at >= max(10.0, self._cost_s / self.SHARE)
+        return self.every > 0 and steps // self.every > self.last // self.every
+
+    def saved(self, steps: int, began: float, write_s: float) -> None:
+        self.last, self._saved_at = steps, time.monotonic()
+        self._cost_s = self._saved_at - began + write_s
+
+
+class Signals:
+    """SIGTERM and SIGINT save at the next place, then end the script as they would have."""
+
+    PATIENCE = 25.0  # seconds that a signal waits for the end of a step
+
+    def __init__(self, is_under_way: Callable[[], bool]) -> None:
+        self.number: int | None = None  # that came, and waits
+        self._is_under_way = is_under_way
+        self._came_at = 0.0
+        self._previous: dict[int, Any] = {}
+
+    def catch(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                self._previous[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.number is not None or not self._is_under_way():  # the second, or no loop yet
+            self.release(number)
+        else:
+            self.number, self._came_at = number, time.monotonic()
+
+    def tick(self, now: float) -> None:
+        if self.number is not None and now - self._came_at > self.PATIENCE:
+            say(
+                f"no step has ended for {self.PATIENCE:g} s: signal {self.number} is let through, "
+                "and what came after the newest checkpoint is lost"
+            )
+            os.kill(os.getpid(), self.number)
+
+    def kills(self, number: int) -> bool:
+        return not callable(self._previous.get(number))
+
+    def release(self, number: int | None) -> None:
+        """Give the signals back, and this one to whom it was for."""
+        previous, self._previous, self.number = self._previous, {}, None
+        for caught, handler in previous.items():
+            with contextlib.suppress(ValueError):  # not the main thread
+                if signal.getsignal(caught) == self._note:
+                    signal.signal(caught, handler)
+        if number is not None and callable(handler := previous.get(number)):
+            handler(number, None)
+        elif number is not None:
+            os.kill(os.getpid(), number)
+
+
+# --- The loop's locals ----------------------------------------------------------------------------
+
+
+class CarriedLocals:
+    """The locals that resume() was asked for: read, at a save alone, from the frame it returned to.
+
+    A caller that step() cannot see gives them by `carry`.
+    """
+
+    def __init__(self) -> None:
+        self.given: dict[str, Any] = {}  # by step(carry=…), or to resume() within an epoch
+        self.now: dict[str, Any] = {}  # as of the last look
+        self.saved: dict[str, Any] = {}  # of the checkpoint, yet to be given back
+        self.origin: Path | None = None
+        self.asked: set[str] = set()
+        self.code: Any = None  # of the function that called resume()
+        self.line = 0
+
+    def seen_from(self, frame: types.FrameType) -> None:
+        self.code, self.line = frame.f_code, frame.f_lineno
+
+    def give(self, defaults: Mapping[str, Any], in_epoch: bool) -> dict[str, Any]:
+        """Each as it was saved, once; as given from then on."""
+        self.seen_from(caller())
+        absent = sorted(defaults.keys() - self.saved.keys() - self.asked)
+        if absent and self.origin is not None:
+            raise CheckpointError(
+                f"{self.origin} has no {', '.join(absent)}, which resume() asks for; give step() "
+                f"carry={{{', '.join(f'{name!r}: {name}' for name in absent)}}}"
+            )
+        self.asked |= defaults.keys()
+        values = {name: self.saved.pop(name, value) for name, value in defaults.items()}
+        if in_epoch:  # before the loop they are what they begin with, not a state
+            self.given.update(values)
+        return values
+
+    def look(self, frame: types.FrameType, checks: CallSiteChecks) -> None:
+        """Read them where they can be seen; what is nowhere makes the checkpoint inexact."""
+        names = names_in(frame) if frame.f_code is self.code else {}
+        self.now = {name: names[name] for name in self.asked & names.keys()} | self.given
+        if lost := sorted(self.asked - self.now.keys()):
+            pairs = ", ".join(f"{name!r}: {name}" for name in lost)
+            checks.note(
+                f"{', '.join(lost)}, which resume() asks for, cannot be seen from step(); "
+                f"give it carry={{{pairs}}}"
+            )
+
+
+def caller() -> types.FrameType:
+    """The frame of the script that called into this file."""
+    frame = sys._getframe(1)
+    while frame.f_code.co_filename == __file__ and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def names_in(frame: types.FrameType) -> dict[str, Any]:
+    """What is in sight there: its module's names, its locals, and what its `self` holds."""
+    names, own = dict(frame.f_globals), frame.f_locals
+    names.update(own)
+    with contextlib.suppress(TypeError):  # an object without a __dict__
+        names |= {f"self.{name}": value for name, value in vars(own.get("self")).items()}
+    if isinstance(own, dict) and frame.f_code.co_flags & 1:
+        # A function's, and before Python 3.13 a copy: left full, it would keep the locals alive.
+        own.clear()
+    return names
+
+
+# --- Call sites that are missing ------------------------------------------------------------------
+
+Watched = Mapping[str, list[Any]]
+
+
+class CallSiteChecks:
+    """What a resume would not find as it was, said once at the first save that shows it.
+
+    Looked at are the watched objects and the names in sight of resume() and step(). Of state that
+    nobody watches it is compared, at each save and behind the loop, whether it has moved.
+    """
+
+    def __init__(self, watched: Watched, loop: Loop, carried: CarriedLocals) -> None:
+        self.seen = False  # the first step
+        self._watched, self._loop, self._carried = watched, loop, carried
+        self._notes: list[str] = []
+        self._in_sight: dict[str, Callable[[], Any]] = {}  # weakly: to look keeps nothing alive
+        self._first: dict[str, Any] = {}  # prints of state that is not watched
+        self._stepped: dict[int, Callable[[], Any]] = {}
+        self._batches_of: dict[str, int] = {}  # iterators in sight, and their length
+        self._hook: Any = None
+
+    def note(self, sentence: str) -> None:
+        if sentence not in self._notes:
+            self._notes.append(sentence)
+            say(f"a resume will not be exact: {sentence}")
+
+    def _see(self, names: Mapping[str, Any]) -> None:
+        kinds = kinds_to_see()
+        self._in_sight |= {n: weakly(v) for n, v in names.items() if isinstance(v, kinds)}
+        its = {n: v for n, v in names.items() if type(v).__name__.endswith("DataLoaderIter")}
+        self._batches_of |= {name: len(iterator) for name, iterator in its.items()}
+
+    def see_at_resume(self, names: Mapping[str, Any]) -> None:
+        """Schedulers of watched optimizers that are in sight here may simply be watched."""
+        self._see(names)
+        for name in self._batches_of:
+            self.note(f"`{name}` was made before resume(); call resume() before iter()")
+        self._watched["scheduler"].extend(unwatched_schedulers(self._watched, self._things()))
+
+    def see_at_step(self, frame: types.FrameType) -> None:
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        self._see(names_in(frame))
+        self._hook = self._hook or register_optimizer_step_post_hook(self._note_stepped)
+        if self._carried.code is None:
+            self.note("resume() is never called; add obs.resume() before the loop")
+        for sentence in loops_without_skip(frame, self._carried):
+            self.note(sentence)
+
+    def _note_stepped(self, optimizer: Any, *_: Any) -> None:
+        self._stepped[id(optimizer)] = weakly(optimizer)
+
+    def _things(self) -> dict[str, Any]:
+        things = {name: get() for name, get in list(self._in_sight.items())}
+        return {name: thing for name, thing in things.items() if thing is not None}
+
+    def report(self) -> dict[str, Any]:
+        """For state.json, at each save."""
+        self.compare(at_a_save=True)
+        return {"inexact": self._notes}
+
+    @fenced
+    def compare(self, *, at_a_save: bool = False) -> None:
+        """Behind the loop, for to print a state may wait for its device."""
+        watched, things = self._watched, self._things()
+        for path, state, advice in [*unwatched_state(watched, things), *hidden_state(watched)]:
+            if self._first.setdefault(path, state) != state:
+                self.note(
+                    f"{path} changes as the training goes on and is in no checkpoint; {advice}"
+                )
+        if at_a_save:
+            for sentence in missing_in_watch(watched, things, self._stepped):
+                self.note(sentence)
+            for name, length in self._batches_of.items():
+                if not self._loop.batches or self._loop.batches > length:
+                    self.note(
+                        f"the place of `{name}` is not kept; loop over its loader, and begin "
+                        "both loops with skip_epoch(…) and skip_batch()"
+                    )
+
+    def resumed(self, state: Mapping[str, Any], path: Path) -> None:
+        for sentence in state.get("inexact", ()):
+            say(f"{path} was saved with this said: {sentence}")
+
+
+def weakly(value: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(value)
+    except TypeError:  # of a kind that cannot be; it is small
+        return lambda: value
+
+
+def kinds_to_see() -> tuple[type, ...]:
+    """Generators, and the classes of torch that have state; as far as they are imported."""
+    torch, numpy = torch_module(), sys.modules.get("numpy")
+    own = (random.Random, torch.Generator, torch.nn.Module, torch.amp.GradScaler)
+    more = (torch.utils.data.DataLoader, torch.optim.lr_scheduler.LRScheduler)
+    return own + more + ((numpy.random.Generator, numpy.random.RandomState) if numpy else ())
+
+
+def unwatched_schedulers(watched: Watched, things: Mapping[str, Any]) -> list[Any]:
+    """Those in sight that drive a watched optimizer, and that no other scheduler drives."""
+    known = [id(each) for each in watched["scheduler"]]
+    mine = {id(inner(optimizer)) for optimizer in watched["optimizer"]}
+    found = {
+        id(t): t for t in things.values() if hasattr(t, "last_epoch") and hasattr(t, "optimizer")
+    }
+    driven = {id(i) for t in found.values() for i in vars(t).get("_schedulers", ())}
+    return [
+        t
+        for at, t in found.items()
+        if at not in known and at not in driven and id(inner(t.optimizer)) in mine
+    ]
+
+
+def missing_in_watch(
+    watched: Watched, things: Mapping[str, Any], stepped: Mapping[int, Callable[[], Any]]
+) -> Iterator[str]:
+    names = {id(thing): name for name, thing in things.items()}
+    if not any(watched.values()):
+        yield "nothing is watched; add obs.watch(model, optimizer=…)"
+    mine = {id(inner(optimizer)) for optimizer in watched["optimizer"]}
+    for at, get in stepped.items():
+        if at not in mine and get() is not None:
+            yield f"an unwatched {type(get()).__name__} makes steps; add it to watch(optimizer=[…])"
+    for scheduler in unwatched_schedulers(watched, things):
+        yield f"`{names[id(scheduler)]}` is not watched; add watch(scheduler=…) before resume()"
+    drives = {id(inner(getattr(each, "optimizer", None))) for each in watched["scheduler"]}
+    for optimizer in map(inner, watched["optimizer"]):
+        is_driven = hasattr(getattr(optimizer, "step", None), "_wrapped_by_lr_sched")
+        if is_driven and id(optimizer) not in drives and not unwatched_schedulers(watched, things):
+            yield "a scheduler drives the optimizer and is not watched; watch(scheduler=…)"
+    models = {id(p) for model in watched["model"] for p in model.parameters()}
+    groups = [g for o in map(inner, watched["optimizer"]) for g in getattr(o, "param_groups", ())]
+    if lost := sum(id(p) not in models for group in groups for p in group["params"]):
+        yield f"{lost} parameters of the optimizer are in no watched model; watch that too"
+    for name, thing in things.items():
+        known = any(thing is each for each in watched["scaler"])
+        if hasattr(thing, "unscale_") and thing.is_enabled() and not known:
+            yield f"`{name}` is not watched; add watch(scaler={name})"
+        if getattr(thing, "persistent_workers", False) and draws(thing.dataset):
+            yield f"the workers of `{name}` keep generators of their own; persistent_workers=False"
+
+
+def inner(optimizer: Any) -> Any:
+    """The optimizer within a wrapper of accelerate, of a scaler, or of the script."""
+    while (within := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = within
+    return optimizer
+
+
+def draws(dataset: Any) -> bool:
+    """Whether an item is drawn, as far as the names in its code tell."""
+    get = getattr(type(dataset), "__getitem__", None)
+    words = set(getattr(getattr(get, "__code__", None), "co_names", ()))
+    transforms = "".join(repr(each) for name, each in vars(dataset).items() if "transform" in name)
+    return "Random" in transforms or any(re.search(r"rand|normal|uniform|choice", w) for w in words)
+
+
+def unwatched_state(watched: Watched, things: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """Generators and modules that are not watched: a name, a print of the state, an advice."""
+    tensors = {id(t) for model in watched["model"] for t in tensors_of(model)}
+    for name, thing in things.items():
+        if hasattr(thing, "named_buffers"):
+            own = [tensor for tensor in tensors_of(thing) if id(tensor) not in tensors]
+            if own:
+                yield f"`{name}`", printed(own), f"add obs.watch({name})"
+            continue
+        for path, generator in generators_of(name, thing):
+            if not any(generator is known for known in watched["generator"]):
+                yield f"`{path}`", generator_state(generator), f"add watch(generator={path})"
+
+
+def hidden_state(watched: Watched) -> Iterator[tuple[str, Any, str]]:
+    """What a watched model has beside its state_dict."""
+    for model in watched["model"]:
+        for path, module in model.named_modules():
+            at = f"{type(model).__name__}{path and '.'}{path}"
+            counts = {k: v for k, v in list(vars(module).items()) if type(v) in (int, float)}
+            for name, value in counts.items():
+                yield f"{at}.{name}", value, "make it a buffer, or carry it"
+            for name in module._non_persistent_buffers_set:
+                if (buffer := module._buffers.get(name)) is not None:
+                    yield f"{at}.{name}", printed([buffer]), "make it a persistent buffer"
+
+
+def tensors_of(module: Any) -> list[Any]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def printed(tensors: Sequence[Any]) -> list[Any]:
+    """A few values of a few of them."""
+    few = [*tensors[:3], *tensors[-1:]]
+    return [tensor.detach().reshape(-1)[:4].tolist() for tensor in few]
+
+
+def generators_of(name: str, thing: Any) -> Iterator[tuple[str, Any]]:
+    """Itself, or those that a loader, its samplers and its dataset hold."""
+    if not hasattr(thing, "batch_sampler"):
+        if (
+            hasattr(thing, "bit_generator")
+            or hasattr(thing, "get_state")
+            or hasattr(thing, "getstate")
+        ):
+            yield name, thing
+        return
+    parts = {"": thing, ".sampler": thing.sampler, ".batch_sampler": thing.batch_sampler}
+    parts |= {} if thing.num_workers else {".dataset": thing.dataset}
+    kinds = kinds_to_see()
+    for part, holder in parts.items():
+        for attribute, value in (vars(holder) if hasattr(holder, "__dict__") else {}).items():
+            if isinstance(value, kinds) and not hasattr(value, "batch_sampler"):
+                yield from generators_of(f"{name}{part}.{attribute}", value)
+
+
+def loops_without_skip(frame: types.FrameType, carried: CarriedLocals) -> Iterator[str]:
+    """Loops around the step, up to where resume() was called, that a resumed run begins again."""
+    while True:
+        loops = loops_around(frame, carried)
+        for loop in loops:
+            call = "skip_batch()" if loop is loops[-1] and len(loops) > 1 else "skip_epoch(…)"
+            if not has_skip(loop) and not goes_on(loop, carried):
+                yield (
+                    f"the loop at line {loop.lineno} of {Path(frame.f_code.co_filename).name} "
+                    f"does not begin with `if obs.{call}: continue`"
+                )
+        if frame.f_code is carried.code or carried.code is None or frame.f_back is None:
+            break
+        frame = frame.f_back
+
+
+def loops_around(frame: types.FrameType, carried: CarriedLocals) -> list[Any]:
+    """The loops of its function that the line under way is in and the call of resume() is not."""
+    code, line = frame.f_code, frame.f_lineno
+    try:
+        tree = ast.parse("".join(linecache.getlines(code.co_filename)))
+    except (SyntaxError, ValueError):
+        return []
+    loops = [n for n in ast.walk(tree) if isinstance(n, ast.For | ast.While)]
+    resumed = carried.line if code is carried.code else 0
+    return [
+        n
+        for n in loops
+        if code.co_firstlineno <= n.lineno <= line <= (n.end_lineno or 0)
+        and not n.lineno <= resumed <= (n.end_lineno or 0)
+    ]
+
+
+def has_skip(loop: Any) -> bool:
+    """Whether one of our skips stands in it, and not in a loop within."""
+    todo = list(loop.body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Call) and getattr(
+            node.func, "attr", getattr(node.func, "id", "")
+        ) in ("skip_epoch", "skip_batch", "ended"):
+            return True
+        if not isinstance(node, ast.For | ast.While):
+            todo += ast.iter_child_nodes(node)
+    return False
+
+
+def goes_on(loop: Any, carried: CarriedLocals) -> bool:
+    """Whether its bounds come from what resume() gave back."""
+    if isinstance(loop, ast.While):
+        return bool(carried.asked)
+    names = {node.id for node in ast.walk(loop.iter) if isinstance(node, ast.Name)}
+    return bool(names & carried.asked)
+
+
+# --- Which run is gone on with --------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """What a wish to resume comes to."""
+
+    run_dir: Path | None  # to go on in; None for a new run that forks from the checkpoint
+    source: Path  # a directory of checkpoints, or the one that is to be taken
+    run_id: str = ""  # of the checkpoints that count there
+
+
+def find_plan(run: Run, wish: str) -> Plan | None:
+    """None where nothing is there to resume. Raises CheckpointError, RunError, OSError."""
+    out, family = script_dir() / run.settings.out_dir, run.header["family"]
+    if wish != "auto":
+        path = Path(wish)
+        if (path / "config.json").exists():
+            return plan_of(path) or no_checkpoint(path)
+        if checkpoints(path) or (path / "state.json").exists():
+            return Plan(None, path)
+        return no_checkpoint(path)
+    for member in members(out, family):
+        if alive(member):
+            raise RunError(f"{member} is being written by {writer_of(member)}; wait for its end")
+        if (plan := plan_of(member)) is not None:
+            return plan
+        say(f"{member} holds no checkpoint; it is left as it is")
+    given = script_dir() / run.saving.ckpt_dir
+    # Of another tool, or of a run whose directory is gone.
+    return Plan(None, given) if run.saving.ckpt_dir and checkpoints(given) else None
+
+
+def no_checkpoint(path: Path) -> Plan:
     raise CheckpointError(f"{path} holds no checkpoint; give the directory of a run or of a step")
 
 
-def _unfinished(out_dir: Path) -> list[Path]:
-    """Runs with checkpoints that have not completed, the newest first."""
+def members(out: Path, family: str) -> Iterator[Path]:
+    """The runs of that name, or without one of this script, the newest first.
+
+    Raises CheckpointError where the newest is another script's.
+    """
     found = []
-    for saved in out_dir.glob("*/checkpoints"):
-        with contextlib.suppress(OSError, ValueError):
-            results = saved.parent / "results.json"
-            ended = json.loads(results.read_bytes())["status"] if results.exists() else "killed"
-            if ended not in ("completed", "superseded"):
-                found.append((saved.stat().st_mtime, saved.parent))
-    return [run for _, run in sorted(found, reverse=True)]
+    script = os.path.relpath(script_path(), out)
+    for path in out.iterdir() if out.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            config = read_sealed(path / "config.json")
+            if config["family"] == family if family else config["script"] == script:
+                number = path.name.removeprefix(family).removeprefix("-") if family else ""
+                order = (int(number) if number.isdecimal() else 0, config["created"], path.name)
+                found.append((order, path, config["script"]))
+    for _, path, its in sorted(found, reverse=True):
+        if its != script:
+            raise CheckpointError(
+                f"{path} is a run of {its}, this script is {script}; give the run another name"
+            )
+        yield path
 
 
-def cut_journal(run_dir: Path, state: Mapping[str, Any]) -> dict[int, float]:
-    """Take out what came after a checkpoint, for it will come again; returns its losses by step."""
-    losses = {}
-    for shard in _shards(run_dir):
-        kept = []
-        for line in shard.read_text(encoding="utf-8").splitlines(keepends=True):
-            record = json.loads(line)
-            # Values that came from a device later than the checkpoint are numbered later too.
-            again = record["seq"] > state["records"] and (
-                record["step"] > state["global_step"] or record["time"] > state["time"])
-            if record["tags"]["phase"] == "event" or not again:
-                kept.append(line)
-            elif "loss/train" in record["metrics"]:
-                losses[record["step"]] = float(record["metrics"]["loss/train"])
-        _replace_file(shard, "".join(kept))
-    return losses
+def plan_of(run_dir: Path) -> Plan | None:
+    """To go on in that run; None where it holds no checkpoint."""
+    config = read_sealed(run_dir / "config.json")
+    source = run_dir / config["checkpoints"]
+    own = [
+        path for path, state in checkpoints(source) if state.get("run_id") in (config["id"], None)
+    ]
+    aside = any(source.glob(".corrupt-step_*"))
+    return Plan(run_dir, source, config["id"]) if own or aside else None
+
+
+def is_completed(run_dir: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError, DamageError):
+        return read_sealed(run_dir / "results.json").get("status") == "completed"
+    return False
+
+
+def as_checkpoint_error(error: BaseException) -> CheckpointError:
+    if isinstance(error, CheckpointError):
+        return error
+    return CheckpointError(f"the resume that was asked for cannot be: {error or repr(error)}")
+
+
+class Decision:
+    """What rank 0 has decided, in a file of this launch, for the other ranks."""
+
+    WAIT_S = 120.0
+
+    def __init__(self, run: Run) -> None:
+        self._out = script_dir() / run.settings.out_dir
+        names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+        launch = "|".join(os.environ.get(name, "") for name in names)
+        self._path = self._out / f".launch-{zlib.crc32(launch.encode()):08x}.json"
+        self._run = run
+
+    def publish(self, checkpoint: Path | None, plan: Plan | None) -> None:
+        run_dir = plan and plan.run_dir
+        facts = {
+            "checkpoint": str(checkpoint or ""),
+            "run_dir": str(run_dir or ""),
+            "name": self._run.name,
+            **this_process(),
+            "began": process_began(os.getpid()),
+        }
+        make_dirs(self._out)
+        replace_file(self._path, seal(facts))
+
+    def _read(self) -> dict[str, Any] | None:
+        """Of a process that lives: what an earlier launch has left is never believed."""
+        with contextlib.suppress(OSError, DamageError):
+            facts = read_sealed(self._path)
+            here = facts["host"] == platform.node()
+            if not here or process_began(facts["pid"]) == facts["began"] is not None:
+                return facts
+        return None
+
+    def wait(self) -> Plan | None:
+        until = time.monotonic() + self.WAIT_S
+        while (facts := self._read()) is None:
+            if time.monotonic() > until:
+                raise CheckpointError(
+                    f"rank 0 has not said within {self.WAIT_S:g} s what to resume "
+                    f"from; does it call resume(), and is {self._out} shared?"
+                )
+            time.sleep(0.02)
+        run_dir = Path(facts["run_dir"]) if facts["run_dir"] else None
+        return Plan(run_dir, Path(facts["checkpoint"])) if facts["checkpoint"] else None
+
+    def directory(self) -> Path:
+        """Of the checkpoints of the run that rank 0 writes."""
+        facts = self._read() or {}
+        return self._out / str(facts.get("name", "")) / "checkpoints"
+
+
+def process_began(pid: int) -> str | None:
+    """When, in the kernel's ticks: another process of the same id began at another time."""
+    return next(iter(proc(f"{pid}/stat").rpartition(")")[2].split()[19:20]), None)
+
+
+def load_newest(plan: Plan, watched: Watched) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The newest checkpoint whose every byte checks, loaded into what is watched.
+
+    A damaged one is set aside and the next older one is taken. Raises CheckpointError when not one
+    is good: a run must not silently start at step 0 over them; OSError for one that cannot be read.
+    """
+    if (plan.source / "state.json").exists():
+        return plan.source, *restore(plan.source, watched)
+    for path, state in checkpoints(plan.source):
+        if plan.run_id and state.get("run_id", plan.run_id) != plan.run_id:
+            continue
+        try:
+            return path, *restore(path, watched)
+        except DamageError as error:
+            aside = path.with_name(f".corrupt-{path.name}-{time.time_ns()}")
+            if plan.run_dir is not None:  # else it is another run's, and not ours to touch
+                os.rename(path, aside)
+            say(
+                f"checkpoint {path} is damaged ({error}); set aside as {aside.name}, "
+                "the next older one is taken"
+            )
+    raise CheckpointError(
+        f"no checkpoint in {plan.source} is whole; restore one from a backup, or "
+        "remove them to start again at step 0"
+    )
+
+
+def differences(state: Mapping[str, Any], run: Run, optimizers: Any) -> list[str]:
+    """What is not as it was, each with both values, and which of them now holds."""
+    now = {**numerics(), "hyperparameters": run.header["config"]}
+    groups = [group for each in optimizers for group in each.get("param_groups", ())]
+    found = []
+    for name, old, new in changed(state, to_json(now)):
+        kept = any(group.get(name) == old for group in groups)
+        whose = "the checkpoint's holds" if kept else "the new one holds"
+        found.append(f"{name} was {old!r}, is {new!r} ({whose})")
+    return found
+
+
+def changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Each name that both have with another value, or that one of two configurations lacks."""
+    for name in now.keys() - {"resume", "ckpt_dir", "keep_last_checkpoints", "save_interval"}:
+        old, new = then.get(name), now[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from changed({**dict.fromkeys(new), **old}, {**dict.fromkeys(old), **new})
+        elif old != new:
+            yield name, old, new
+
+
+def own_generators(path: Path, rank: int, checks: CallSiteChecks) -> dict[str, Any]:
+    """A rank above 0 has its generators in a checkpoint of its own, of the same step."""
+    if not rank:
+        return {}
+    own = path.parent / f"rank{rank}" / path.name
+    if checkpoint_damage(own) is None:
+        return dict(load_file(own, "rng_state.pt"))
+    checks.note(f"{path} is without the generators of rank {rank}")
+    return {**rng_state(()), "start": rng_state(())}
 
 
 # --- Checkpoints: on disk -------------------------------------------------------------------------
+
+_STEP = re.compile(r"step_\d{8,}")
+_PIECE = 32 << 20  # bytes that have a checksum: pieces are read and checked side by side
+_CHUNK = 4 << 20  # bytes for one write or read: each lets go of the GIL for about a millisecond
 
 
 class CheckpointStore:
     """Step directories under one directory: `commit` adds one, whole or not at all."""
 
-    def __init__(self, directory: str | Path, *, keep_last: int = 3) -> None:
+    def __init__(self, directory: str | Path, run_id: str = "", keep_last: int = 3) -> None:
         self.directory, self.keep_last = Path(directory), max(1, keep_last)
-        self.resumed_from: Path | None = None  # never deleted by this run
-        _make_dirs(self.directory)
+        self.keep: set[Path] = set()  # never deleted by this run
+        self._run_id = run_id
+        make_dirs(self.directory)
+        self._sequence = max((s.get("sequence", 0) for _, s in checkpoints(directory)), default=0)
         for left in self.directory.glob(".tmp-*"):  # of killed processes; a live one holds its lock
-            with contextlib.suppress(OSError), _locked(left):
+            with contextlib.suppress(OSError), locked(left):
                 shutil.rmtree(left, ignore_errors=True)
 
     def path(self, step: int) -> Path:
         return self.directory / f"step_{step:08d}"
 
-    def commit(self, step: int, files: Mapping[str, Any], state: Mapping[str, Any]) -> Path:
+    def commit(
+        self,
+        step: int,
+        files: Mapping[str, Any],
+        state: Callable[[], dict[str, Any]],
+        check: Callable[[Path], Any] = lambda staging: None,
+    ) -> Path:
         """Write `files` and `state.json` as `step_…`; when this returns, a power cut keeps them.
 
-        A file is bytes, or a tree for torch.save. Raises OSError with nothing left behind and
-        every older checkpoint as it was.
+        A file is bytes, or writes itself to a stream by `write_to`. What `check` raises of the
+        finished files is raised. Raises OSError with nothing left behind and every older
+        checkpoint as it was.
         """
         final = self.path(step)
+        self._refuse_a_strangers(final)
+        make_dirs(self.directory)
         staging = self._hidden(final)
         staging.mkdir()
         try:
-            with _locked(staging):
-                sums = {name: _write(staging / name, content) for name, content in files.items()}
-                sequence = 1 + max((s["sequence"] for _, s in checkpoints(self.directory) if s),
-                                   default=0)  # fmt: skip
-                sealed = _seal({**state, "sequence": sequence, "files": sums})
-                _write(staging / "state.json", sealed)
-                _sync_dir(staging)
+            with locked(staging):
+                sums = {
+                    name: write_file(staging / name, content) for name, content in files.items()
+                }
+                check(staging)
+                self._sequence += 1
+                facts = {**state(), "run_id": self._run_id, "sequence": self._sequence}
+                write_file(staging / "state.json", seal(to_json({**facts, "files": sums})))
+                sync_dir(staging)
                 self._remove(final)  # of a history that a resume from further back gave up
                 os.rename(staging, final)
-                _sync_dir(self.directory)
+                sync_dir(self.directory)
         except BaseException:  # the disk's errors, a stranger's state, an interrupt: all go on up
             shutil.rmtree(staging, ignore_errors=True)
             raise
+        self.link("latest", final)
         self._retain()
         return final
 
+    def _refuse_a_strangers(self, final: Path) -> None:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, DamageError):
+            if read_sealed(final / "state.json").get("run_id", self._run_id) != self._run_id:
+                raise CheckpointError(f"{final} is another run's; give a ckpt_dir of its own")
+
+    def link(self, name: str, path: Path) -> None:
+        """A relative link beside the steps; where there are none, it is left out."""
+        with contextlib.suppress(OSError):
+            temporary = self.directory / f".{name}-{os.getpid()}"
+            temporary.unlink(missing_ok=True)
+            os.symlink(path.name, temporary)
+            os.replace(temporary, self.directory / name)
+
     def _retain(self) -> None:
-        newest_first = [path for path, state in checkpoints(self.directory) if state]
-        keep = {*newest_first[: self.keep_last], self.resumed_from, best_ckpt(self.directory)}
-        for path in set(newest_first) - keep:
+        own = [p for p, state in checkpoints(self.directory) if state.get("run_id") == self._run_id]
+        best = self.directory / "best"
+        keep = {*own[: self.keep_last], *self.keep, best.resolve() if best.is_symlink() else best}
+        for path in own:
             with contextlib.suppress(OSError):  # the new one is saved all the same
-                self._remove(path)
+                if path not in keep and path.resolve() not in keep:
+                    self._remove(path)
 
     def _remove(self, path: Path) -> None:
         # Renamed first: a kill in the middle must not leave half a checkpoint under a good name.
@@ -1661,142 +3202,201 @@ class CheckpointStore:
 def checkpoints(directory: str | Path) -> list[tuple[Path, dict[str, Any]]]:
     """Each step directory and its state, the latest commit first: a clock can be wrong.
 
-    The state of an unreadable one is empty, and it comes first, for it may be the newest.
+    The state of a damaged one is empty, and it comes first, for it may be the newest. Raises
+    OSError for what is there and cannot be read.
     """
     found: list[tuple[Path, dict[str, Any]]] = []
-    for path in Path(directory).glob("step_[0-9]*"):
-        try:
-            found.append((path, read_state(path)))
-        except (OSError, CheckpointError):
-            found.append((path, {}))
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for name in os.listdir(directory):
+            if _STEP.fullmatch(name):
+                path = Path(directory, name)
+                try:
+                    found.append((path, read_state(path)))
+                except DamageError:
+                    found.append((path, {}))
     return sorted(found, key=lambda f: (f[1].get("sequence", math.inf), f[0].name), reverse=True)
 
 
-def latest_ckpt(directory: str | Path, *, warn: Callable[[str], Any] = _warn_once) -> Path | None:
+def read_state(path: str | Path) -> dict[str, Any]:
+    """state.json of a checkpoint, its checksum verified. Raises DamageError, OSError.
+
+    In the seed's own layout nothing vouches for the four files; the state then has no "files".
+    """
+    file = Path(path) / "state.json"
+    try:
+        return read_sealed(file)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DamageError(f"{file} is missing") from error
+    except DamageError:
+        state = unsealed(file)
+        if state is None or "self_crc32" in state or "files" in state:
+            raise
+    absent: dict[str, Any] = {
+        "epoch": None,
+        "step_in_epoch": 0,
+        "global_step": 0,
+        "tokens": 0,
+        "loss_history": [],
+    }
+    absent |= {"ended": False, "fetched": 0, "broke": False, "best": None, "sequence": 0, "seq": 0}
+    state = {**absent, "steps": state.get("global_step", 0), "latest_validation": None, **state}
+    return {"world_size": 1, "inexact": ["nothing vouches for its files"], **state}
+
+
+def unsealed(file: Path) -> dict[str, Any] | None:
+    names = ("model.pth", "optimizer.pt", "rng_state.pt")
+    if all(
+        (file.parent / name).is_file() and (file.parent / name).stat().st_size for name in names
+    ):
+        with contextlib.suppress(ValueError, RecursionError), open_regular(file) as opened:
+            state = json.loads(opened.read(64 << 20))
+            return state if isinstance(state, dict) else None
+    return None
+
+
+def latest_ckpt(directory: str | Path) -> Path | None:
     """The newest checkpoint whose every byte checks; None where none was ever saved.
 
-    A damaged one is set aside as `.corrupt-…` and the next older one is taken. Raises
-    CheckpointError when there were checkpoints and not one is good: a run must not silently
-    start at step 0 over them.
+    Raises CheckpointError when there are checkpoints and not one is good; OSError.
     """
-    directory = Path(directory)
-    for path, _ in checkpoints(directory):
-        damage = ckpt_damage(path)
-        if damage is None:
+    found = [path for path, _ in checkpoints(directory)]
+    for path in found:
+        if (damage := checkpoint_damage(path)) is None:
             return path
-        aside = path.with_name(f".corrupt-{path.name}-{time.time_ns()}")
-        with contextlib.suppress(OSError):  # a read-only disk, or another process was first
-            os.rename(path, aside)
-        warn(f"checkpoint {path} is damaged ({damage}); set aside as {aside.name}, "
-             "the next older one is taken")  # fmt: skip
-    if bad := sorted(p.name for p in directory.glob("*step_[0-9]*") if p.name[:5] != ".tmp-"):
+        warn_once(f"checkpoint {path} is damaged ({damage}); the next older one is taken")
+    if found or any(Path(directory).glob(".corrupt-step_*")):
         raise CheckpointError(
-            f"no checkpoint in {directory} is whole: {', '.join(bad)}; "
-            "restore one from a backup, or delete them to start again at step 0")
+            f"no checkpoint in {directory} is whole; restore one from a backup, or "
+            "remove them to start again at step 0"
+        )
     return None
 
 
 def best_ckpt(directory: str | Path) -> Path | None:
-    """The checkpoint with the lowest `val_loss` in its state.json; None where none has one."""
-    losses = [(state.get("val_loss"), path) for path, state in checkpoints(directory)]
-    known = [(loss, path) for loss, path in losses if isinstance(loss, float) and loss == loss]
-    return min(known)[1] if known else None
+    """The checkpoint of the weights that were evaluated best; None where none were."""
+    link = Path(directory) / "best"
+    return Path(directory) / os.readlink(link) if link.is_symlink() else None
 
 
 def is_valid_ckpt(path: str | Path) -> bool:
-    """Whether every file has the size and the checksum that were written. Needs no torch."""
-    return ckpt_damage(path) is None
+    """Whether every file has the size and the checksums that were written. Needs no torch."""
+    return checkpoint_damage(path) is None
 
 
-def ckpt_damage(path: str | Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None when every byte checks."""
-    path = Path(path)
+def checkpoint_damage(path: str | Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None when every byte checks. Raises OSError."""
     try:
-        files = read_state(path)["files"]
+        checking = FileChecks(Path(path), read_state(path))
+        for name in checking.names:
+            checking.wait(name)
+    except DamageError as error:
+        return str(error)
+    return None
+
+
+class FileChecks:
+    """The checksums of a checkpoint's files, read side by side: `wait` is for one file's."""
+
+    def __init__(self, path: Path, state: Mapping[str, Any]) -> None:
         from concurrent.futures import ThreadPoolExecutor
 
-        with ThreadPoolExecutor() as pool:
-            sums = pool.map(_sum_file, [path / name for name in files])
-            bad = [name for name, found in zip(files, sums, strict=True) if found != files[name]]
-    except (OSError, CheckpointError) as error:
-        return str(error)
-    return f"{', '.join(bad)} is not what was written" if bad else None
+        self._path, self._pieces = path, {}
+        self.names = dict(state.get("files", {}))
+        pool = ThreadPoolExecutor(8)
+        for name, facts in self.names.items():
+            ats = [at * _PIECE for at in range(len(facts["crc32"]))] if self._fits(name) else []
+            self._pieces[name] = [pool.submit(sum_piece, path / name, at) for at in ats]
+        pool.shutdown(wait=False)
+
+    def _fits(self, name: str) -> bool:
+        try:
+            facts = os.stat(self._path / name)
+        except FileNotFoundError:
+            return False
+        return stat.S_ISREG(facts.st_mode) and facts.st_size == self.names[name]["size"]
+
+    def wait(self, name: str) -> None:
+        """Raises DamageError where the file is not what was written, OSError."""
+        if name in self.names:
+            found = [piece.result() for piece in self._pieces[name]]
+            if found != self.names[name]["crc32"] or not self._fits(name):
+                raise DamageError(f"{self._path / name} is not what was written")
+
+
+def sum_piece(path: Path, at: int) -> str:
+    """CRC-32 of a piece of a file: with the size it catches every burst of up to 32 flipped bits,
+    and all else but one case in 2^32, at twice the speed of SHA-256. What guards against malice is
+    `weights_only`."""
+    crc, buffer = 0, memoryview(bytearray(_CHUNK))
+    with open(path, "rb", buffering=0) as file:
+        file.seek(at)
+        for _ in range(0, _PIECE, _CHUNK):
+            count = file.readinto(buffer) or 0
+            crc = zlib.crc32(buffer[:count], crc)
+    return f"{crc:08x}"
 
 
 def publish_weights(checkpoint: Path, target: Path) -> None:
-    """Put a checkpoint's model.pth at `target` as well, whole or not at all."""
-    _make_dirs(target.parent)
-    staging = target.with_name(f".tmp-{target.name}")  # the next one sweeps what a kill left
-    staging.unlink(missing_ok=True)
-    try:
-        os.link(checkpoint / "model.pth", staging)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(checkpoint / "model.pth", staging)
-    os.replace(staging, target)
-    staging.unlink(missing_ok=True)  # a rename onto another link to the same file does nothing
-    _sync_dir(target.parent)
+    """A copy of a checkpoint's model.pth at `target`, whole or not at all.
 
-
-_SEAL = ',\n "self_crc32": "{:08x}"\n}}\n'  # ends state.json; the sum is of all bytes before it
-
-
-def _seal(state: Mapping[str, Any]) -> bytes:
-    body = json.dumps(state, indent=1, default=str).removesuffix("\n}").encode()
-    return body + _SEAL.format(zlib.crc32(body)).encode()
-
-
-def read_state(path: str | Path) -> dict[str, Any]:
-    """state.json of a checkpoint, its own checksum verified. Raises CheckpointError, OSError."""
-    data = (Path(path) / "state.json").read_bytes()
-    body = data[: -len(_SEAL.format(0))]
-    if data != body + _SEAL.format(zlib.crc32(body)).encode():
-        raise CheckpointError(f"{path}/state.json is not what was written")
-    state: dict[str, Any] = json.loads(data)
-    return state
-
-
-_CHUNK = 4 << 20  # bytes for one checksum or write: each lets go of the GIL for about a millisecond
-
-
-class _Summed(io.RawIOBase):
-    """A file that sums what is written to it.
-
-    CRC-32: with the size it catches every burst of up to 32 flipped bits, and all else but one
-    case in 2^32, at twice the speed of SHA-256. What guards against malice is `weights_only`.
+    No link: a script that opens it for writing must not write into the checkpoint.
     """
+    make_dirs(target.parent)
+    staging = target.with_name(f".tmp-{target.name}")
+    shutil.copyfile(checkpoint / "model.pth", staging)
+    os.replace(staging, target)
+    sync_dir(target.parent)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock that dies with its process. Raises BlockingIOError where another one lives."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        if not flock(handle):
+            raise BlockingIOError(f"{path} is in use by another process")
+        yield
+    finally:
+        os.close(handle)
+
+
+class SummedFile(io.RawIOBase):
+    """A file that sums what is written to it, a checksum for each piece."""
 
     def __init__(self, fd: int) -> None:
-        self._fd, self.size, self.crc = fd, 0, 0
+        self._fd, self.size, self.sums = fd, 0, [0]
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        piece = memoryview(data)[:_CHUNK]
-        self.crc = zlib.crc32(piece, self.crc)
-        self.size += _write_all(self._fd, piece)
+        if self.size == len(self.sums) * _PIECE:
+            self.sums.append(0)
+        piece = memoryview(data).cast("B")[: min(_CHUNK, len(self.sums) * _PIECE - self.size)]
+        self.sums[-1] = zlib.crc32(piece, self.sums[-1])
+        self.size += write_all(self._fd, piece)
         return len(piece)
 
 
-def _write(path: Path, content: Any) -> dict[str, Any]:
+def write_file(path: Path, content: Any) -> dict[str, Any]:
     """Create `path`, durably, and return its entry in state.json."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        raw = _Summed(fd)
-        # torch.save writes five scraps for each tensor, and each would hand the GIL to and fro.
+        raw = SummedFile(fd)
+        # The zip format has scraps for each tensor, and each would hand the GIL to and fro.
         with io.BufferedWriter(raw, 1 << 20) as out:
             if isinstance(content, bytes):
                 out.write(content)
             else:
-                _reserve(fd, sum(size for _, size in set(map(_key, _tensors(content)))))
-                _torch().save(content, out)
+                reserve(fd, content.size)
+                content.write_to(out)
         os.fsync(fd)
     finally:
         os.close(fd)
-    return {"size": raw.size, "crc32": f"{raw.crc:08x}"}
+    return {"size": raw.size, "crc32": [f"{crc:08x}" for crc in raw.sums]}
 
 
-def _reserve(fd: int, size: int) -> None:
+def reserve(fd: int, size: int) -> None:
     """A full disk says so at once, before it is filled to the last byte for everyone."""
     try:
         if size:
@@ -1806,98 +3406,123 @@ def _reserve(fd: int, size: int) -> None:
             raise
 
 
-def _sum_file(path: Path) -> dict[str, Any]:
-    size = crc = 0
-    buffer = memoryview(bytearray(_CHUNK))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            crc = zlib.crc32(buffer[:count], crc)
-            size += count
-    return {"size": size, "crc32": f"{crc:08x}"}
-
-
 # --- Checkpoints: what they hold ------------------------------------------------------------------
 
 
-def capture(
-    models: Sequence[Any], optimizers: Sequence[Any] = (), schedulers: Sequence[Any] = (),
-    scalers: Sequence[Any] = (), **more: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """What to save, by file name, still referring to the live tensors. `more` joins the RNG file.
+def capture(watched: Watched) -> dict[str, Any]:
+    """What to save, by file name, still referring to the live tensors.
 
-    One model is its plain `state_dict()`; several are a dict with the keys "0", "1", ….
+    One model is its plain `state_dict()`; several are a dict with the keys "0", "1", …; and
+    optimizer.pt has the same for each kind.
     """
-    weights = {str(index): _weights(model) for index, model in enumerate(models)}
-    rest = {
-        "optimizer": [optimizer.state_dict() for optimizer in optimizers],
-        "scheduler": [scheduler.state_dict() for scheduler in schedulers],
-        "scaler": [_scaler_state(scaler) for scaler in scalers],
-    }
-    return {
-        "model.pth": weights["0"] if len(models) == 1 else weights,
-        "optimizer.pt": rest,
-        "rng_state.pt": {**rng_state(), **more},
-    }
+    kinds = {kind: [each.state_dict() for each in watched[kind]] for kind in KINDS[:3]}
+    kinds["scaler"] = [scaler_state(scaler) for scaler in watched["scaler"]]
+    by_kind = {kind: numbered(states) for kind, states in kinds.items() if states}
+    return {"model.pth": by_kind.pop("model", {}), "optimizer.pt": by_kind}
 
 
-def _weights(model: Any) -> Mapping[str, Any]:
-    """The live parameters themselves: to detach each would take half of the time."""
-    plain = getattr(type(model), "state_dict", None) is _torch().nn.Module.state_dict
-    weights: Mapping[str, Any] = model.state_dict(**{"keep_vars": True} if plain else {})
-    return weights
+def numbered(states: Sequence[Any]) -> Any:
+    return states[0] if len(states) == 1 else {str(at): state for at, state in enumerate(states)}
 
 
-def restore(
-    path: str | Path, models: Sequence[Any], optimizers: Sequence[Any] = (),
-    schedulers: Sequence[Any] = (), scalers: Sequence[Any] = (),
-) -> dict[str, Any]:  # fmt: skip
-    """Load a checkpoint into the given objects; return what rng_state.pt holds, not yet set.
+def unnumbered(states: Any, count: int) -> list[Any]:
+    """Back from `numbered`; what was one stays one where one is watched."""
+    if states is None:
+        return []
+    several_states = isinstance(states, dict) and [*states] == [str(n) for n in range(len(states))]
+    return (
+        [states] if not several_states or (count == 1 and len(states) != 1) else [*states.values()]
+    )
 
-    Raises CheckpointError that lists the names, before anything is changed, for another model.
+
+def restore(path: Path, watched: Watched) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Load a checkpoint into what is watched; return its state and what rng_state.pt holds.
+
+    Every byte is checked before it is used, and while one file is loaded the next is read. Raises
+    CheckpointError that lists the names, before anything is changed, for another model.
     """
-    weights = load_file(path, "model.pth", mmap=True)  # load_state_dict copies out of the file
-    weights = [weights] if len(models) == 1 else list(weights.values())
-    rest = load_file(path, "optimizer.pt")  # not mapped: optimizers keep the tensors they are given
-    rng: dict[str, Any] = load_file(path, "rng_state.pt")
-    pairs = [(models, weights), (optimizers, rest["optimizer"]),
-             (schedulers, rest["scheduler"]), (scalers, rest["scaler"])]  # fmt: skip
-    here, there = ([len(each) for each in side] for side in zip(*pairs, strict=True))
-    if here != there:
-        raise CheckpointError(f"{path} has {there} models, optimizers, schedulers and scalers, "
-                              f"watch() was given {here}; watch the same")  # fmt: skip
-    for model, state in zip(models, weights, strict=True):
-        _check_names(model.state_dict(), state, path)
-    for things, states in pairs:
-        for thing, state in zip(things, states, strict=True):
-            thing.load_state_dict(state)
-    return rng
+    state = read_state(path)
+    checks = FileChecks(path, state)
+    checks.wait("model.pth")
+    # load_state_dict copies out of the file; an optimizer on the CPU keeps what it is given.
+    weights = unnumbered(load_file(path, "model.pth", mmap=True), len(watched["model"]))
+    for model, saved in zip(watched["model"], weights):
+        check_names(model.state_dict(), saved, path)
+    check_counts(path, {"model": len(weights)}, watched)
+    for model, saved in zip(watched["model"], weights):
+        model.load_state_dict(saved)
+    checks.wait("optimizer.pt")
+    groups = [g for o in map(inner, watched["optimizer"]) for g in getattr(o, "param_groups", ())]
+    on_cpu = any(p.is_cpu for group in groups for p in group["params"])
+    rest = load_file(path, "optimizer.pt", mmap=not on_cpu)
+    loaded = {kind: unnumbered(rest.get(kind), len(watched[kind])) for kind in KINDS[1:4]}
+    check_counts(path, {kind: len(states) for kind, states in loaded.items()}, watched)
+    for kind, states in loaded.items():
+        for thing, saved in zip(watched[kind], states):
+            thing.load_state_dict(saved)
+    for name in checks.names:
+        checks.wait(name)
+    plain: dict[str, Any] = {
+        "loader": [],
+        "listeners": {},
+        "carry": places_of(state),
+        "start": None,
+    }
+    rng = {**plain, **load_file(path, "rng_state.pt"), "optimizer": loaded["optimizer"]}
+    return state, {**rng, "start": rng["start"] or rng}
 
 
-def load_file(path: str | Path, name: str, *, mmap: bool = False) -> Any:
-    """One file of a checkpoint on the CPU. Data only: a pickle that would run code is refused."""
-    file = Path(path) / name
+def places_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What other tools' checkpoints have for the loop's locals."""
+    if "files" in state:
+        return {}
+    names = ("global_step", "step", "epoch", "step_in_epoch")
+    return {n: state["global_step" if n == "step" else n] for n in names}
+
+
+def check_counts(path: Path, saved: Mapping[str, int], watched: Watched) -> None:
+    wrong = [
+        f"{n} of kind {kind}, watch() was given {len(watched[kind])}"
+        for kind, n in saved.items()
+        if n != len(watched[kind])
+    ]
+    if wrong:
+        raise CheckpointError(f"{path} has {'; '.join(wrong)}; watch the same before resume()")
+
+
+def check_names(own: Mapping[str, Any], saved: Mapping[str, Any], path: Path) -> None:
+    there, here = (
+        {name: tuple(getattr(value, "shape", ())) for name, value in tree.items()}
+        for tree in (saved, own)
+    )
+    wrong = {
+        "missing": here.keys() - there.keys(),
+        "unexpected": there.keys() - here.keys(),
+        "mis-shaped (saved, here)": {
+            f"{n} {there[n]}, {here[n]}" for n in there.keys() & here if there[n] != here[n]
+        },
+    }
+    found = [f"{kind}: {', '.join(sorted(names))}" for kind, names in wrong.items() if names]
+    if found:
+        raise CheckpointError(f"{path} is of a different model; {'; '.join(found)}")
+
+
+def load_file(path: Path, name: str, *, mmap: bool = False) -> Any:
+    """One file of a checkpoint. Data only: a pickle that would run code is refused.
+
+    Models and optimizers come on the CPU; what the loop carried, on the device that it was on.
+    """
+    torch, where = torch_module(), None if name == "rng_state.pt" else "cpu"
     try:
-        return _load(file, mmap)
+        with torch.serialization.safe_globals(numpy_types()):
+            return torch.load(path / name, map_location=where, weights_only=True, mmap=mmap)
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # unpickling raises whatever the bytes make it raise
-        raise CheckpointError(f"cannot load {file}: {error}") from error
+        raise CheckpointError(f"cannot load {path / name}: {error}") from error
 
 
-def _load(file: Any, mmap: bool = False) -> Any:
-    torch = _torch()
-    with torch.serialization.safe_globals(_numpy_types()):
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-
-
-def _check_loads(tree: Any) -> None:
-    """Raise now what a resume would raise, by way of the tree without its tensors' bytes."""
-    torch = _torch()
-    file = io.BytesIO()
-    torch.save(_map(tree, lambda tensor: torch.empty(0)), file)
-    file.seek(0)
-    _load(file)
-
-
-def _numpy_types() -> list[Any]:
+def numpy_types() -> list[Any]:
     """What pickled numbers and arrays of numpy are made of: a learning rate is often one."""
     if (numpy := sys.modules.get("numpy")) is None:
         return []
@@ -1906,160 +3531,219 @@ def _numpy_types() -> list[Any]:
     return [*makers, *kinds, numpy.dtype, numpy.ndarray]
 
 
-def _check_names(own: Mapping[str, Any], saved: Mapping[str, Any], path: str | Path) -> None:
-    there, here = ({name: tuple(getattr(value, "shape", ())) for name, value in tree.items()}
-                   for tree in (saved, own))  # fmt: skip
-    wrong = {
-        "missing": here.keys() - there.keys(),
-        "unexpected": there.keys() - here.keys(),
-        "mis-shaped (saved, here)":
-            {f"{n} {there[n]}, {here[n]}" for n in there.keys() & here if there[n] != here[n]},
-    }  # fmt: skip
-    found = [f"{kind}: {', '.join(sorted(names))}" for kind, names in wrong.items() if names]
-    if found:
-        raise CheckpointError(f"{path} is of a different model; {'; '.join(found)}")
-
-
-def rng_state() -> dict[str, Any]:
-    """Every generator a loop draws from, in types that `weights_only` loads. Draws nothing.
-
-    Words are a tensor: to pickle each of a thousand numbers would hold the GIL for milliseconds.
-    """
-    torch = _torch()
-    version, words, gauss = random.getstate()
-    state: dict[str, Any] = {"python": (version, torch.tensor(words), gauss)}
-    state["torch"] = torch.get_rng_state()
+def rng_state(generators: Iterable[Any]) -> dict[str, Any]:
+    """Every generator a loop draws from, in types that `weights_only` loads. Draws nothing."""
+    torch = torch_module()
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if numpy := sys.modules.get("numpy"):
         kind, keys, *rest = numpy.random.get_state()
-        state["numpy"] = (kind, torch.tensor(keys.tolist()), *rest)
+        state["numpy"] = (kind, keys.tolist(), *rest)
     if torch.cuda.is_initialized():  # the host's record of seed and offset: no wait for the device
         state["cuda"] = torch.cuda.get_rng_state()
-    return state
+    return {**state, "own": [generator_state(each) for each in generators]}
 
 
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    torch = _torch()
+def set_rng_state(state: Mapping[str, Any], generators: Sequence[Any]) -> None:
+    torch = torch_module()
     version, words, gauss = state["python"]
-    random.setstate((version, tuple(words.tolist()), gauss))
+    random.setstate((version, tuple(words), gauss))
     torch.set_rng_state(state["torch"])
     if "numpy" in state and (numpy := sys.modules.get("numpy")):
-        kind, keys, *rest = state["numpy"]
-        numpy.random.set_state((kind, keys.tolist(), *rest))
+        numpy.random.set_state(tuple(state["numpy"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+    for generator, own in zip(generators, state.get("own", ())):
+        set_generator_state(generator, own)
 
 
-def _scaler_state(scaler: Any) -> dict[str, Any]:
+def generator_state(generator: Any) -> Any:
+    """Of torch's a tensor; of numpy's and Python's plain values."""
+    if hasattr(generator, "bit_generator"):
+        return to_plain(generator.bit_generator.state)
+    if hasattr(generator, "getstate"):
+        return generator.getstate()
+    state = generator.get_state()
+    return state.tolist() if hasattr(state, "untyped_storage") else to_plain(state)
+
+
+def to_plain(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: to_plain(value) for key, value in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(to_plain(value) for value in tree)
+    return tree.tolist() if hasattr(tree, "tolist") else tree
+
+
+def set_generator_state(generator: Any, state: Any) -> None:
+    if hasattr(generator, "bit_generator"):
+        generator.bit_generator.state = state
+    elif hasattr(generator, "getstate"):
+        generator.setstate((state[0], tuple(state[1]), state[2]))
+    elif hasattr(generator, "initial_seed"):
+        torch = torch_module()
+        generator.set_state(torch.tensor(state, dtype=torch.uint8))
+    else:
+        generator.set_state(state)
+
+
+def scaler_state(scaler: Any) -> dict[str, Any]:
     """GradScaler.state_dict() without its two `.item()`, each of which waits for the device."""
     scale, tracker = getattr(scaler, "_scale", None), getattr(scaler, "_growth_tracker", None)
     if scale is None or tracker is None or not scale.is_cuda:
         return dict(scaler.state_dict())
     return {
-        "scale": scale, "_growth_tracker": tracker,
+        "scale": scale,
+        "_growth_tracker": tracker,
         "growth_factor": scaler.get_growth_factor(),
         "backoff_factor": scaler.get_backoff_factor(),
         "growth_interval": scaler.get_growth_interval(),
-    }  # fmt: skip
+    }
+
+
+def unwrapped(thing: Any) -> Any:
+    """The module within torch.compile's and DDP's wrappers: names without their prefixes."""
+    wrappers = {
+        "OptimizedModule": "_orig_mod",
+        "DistributedDataParallel": "module",
+        "DataParallel": "module",
+    }
+    while name := wrappers.get(type(thing).__name__):
+        thing = getattr(thing, name)
+    return thing
 
 
 # --- Checkpoints: saving behind the loop ----------------------------------------------------------
 
 
+class Frozen:
+    """A file as torch.save would write it: pickled now, its storages copied beside the loop.
+
+    Storages, not tensors: so tied weights stay tied, and every view, stride and 0-d number comes
+    back as it was.
+    """
+
+    def __init__(self, tree: Any, keep_device: bool = False) -> None:
+        self.storages: dict[str, Any] = {}
+        self._keep_device = keep_device
+        buffer = io.BytesIO()
+        TreePickler(buffer, self._reference).dump(tree)
+        self._pickle = buffer.getvalue()
+        self.size = len(self._pickle) + sum(each.nbytes() for each in self.storages.values())
+
+    def _reference(self, value: Any) -> Any:
+        """The reference that torch.load knows."""
+        torch = torch_module()
+        if not isinstance(value, torch.storage.TypedStorage | torch.UntypedStorage):
+            return None
+        if isinstance(value, torch.storage.TypedStorage):
+            storage, kind = value._untyped_storage, getattr(torch, value._pickle_storage_type())
+            count = value._size()
+        else:
+            storage, kind, count = value, torch.UntypedStorage, value.nbytes()
+        key = str(storage._cdata)
+        self.storages[key] = storage
+        where = torch.serialization.location_tag(storage) if self._keep_device else "cpu"
+        return ("storage", kind, key, where, count)
+
+    def write_to(self, out: Any) -> None:
+        """By torch's own writer, which lets go of the GIL for each storage."""
+        writer = torch_module()._C.PyTorchFileWriter(out)
+        writer.write_record("data.pkl", self._pickle, len(self._pickle))
+        writer.write_record("byteorder", sys.byteorder, len(sys.byteorder))
+        for key, storage in self.storages.items():
+            writer.write_record(f"data/{key}", storage, storage.nbytes())
+        writer.write_end_of_file()
+
+
+class TreePickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, reference: Callable[[Any], Any]) -> None:
+        super().__init__(file, protocol=2)
+        self._reference = reference
+
+    def persistent_id(self, value: Any) -> Any:
+        return self._reference(value)
+
+
 class Saver:
     """Takes a snapshot in the loop and writes it behind the loop's back, one at a time.
 
-    Nothing here raises into the loop: a failed save goes to `warn`, and older ones stay.
+    Nothing here raises into the loop: a failed save is said, and older ones stay.
     """
 
-    def __init__(
-        self, store: CheckpointStore, optimizers: Sequence[Any] = (), *,
-        warn: Callable[[str], Any] = _warn_once,
-        on_saved: Callable[[Path], None] = lambda path: None,
-    ) -> None:  # fmt: skip
-        self.store, self._warn, self._on_saved = store, warn, on_saved
-        self._optimizers = [o for o in optimizers if hasattr(o, "register_step_pre_hook")]
+    def __init__(self, store: CheckpointStore) -> None:
+        self.store = store
         self.skipped = self.failed = 0  # skipped: came while another one was being written
-        self._arena: _Arena | None = None
+        self.write_s = 0.0  # processor time of the latest write
+        self._arena = Arena()
         self._thread: threading.Thread | None = None
         self._last_step: int | None = None
         self._checked = False
-        self.write_s = 0.0  # processor time of the latest write
-        hooked = (o.register_step_pre_hook(self._hold_step) for o in self._optimizers)
-        self._hooks = list(hooked)
 
-    def prepare(self, parts: Mapping[str, Any]) -> None:
+    def prepare(self, parts: Mapping[str, Any], *jobs: Callable[[], Any]) -> None:
         """Reserve the memory for this state in the background: up to seconds for 4 GB on a GPU."""
-        if not self.busy():
-            tensors = _snapshot(parts, {})[1]
-            self._start(lambda: self._fit(tensors), "cannot reserve memory for checkpoints")
+        frozen = freeze(parts)
+
+        def reserve_memory() -> None:
+            self._arena.reserve(storages_of(frozen))
+            for job in jobs:
+                job()
+
+        self._start(reserve_memory, "no memory could be reserved for checkpoints")
 
     def save(
-        self, step: int, parts: Mapping[str, Any], state: Any, *, wait: float = 0
-    ) -> bool:  # fmt: skip
-        """Snapshot `parts` now, write behind; False when skipped, failed or saved already.
+        self,
+        step: int,
+        parts: Callable[[], Mapping[str, Any]],
+        state: Callable[[], dict[str, Any]],
+        saved: Callable[[Path], Any] = lambda path: None,
+        *,
+        wait: float = 0,
+    ) -> bool:
+        """Snapshot what `parts` gives now, and write it behind.
 
         `wait` is for how many seconds it may wait for a save in flight, and then for its own; it is
-        skipped while one is in flight. `state` may be a function, which the writer then calls.
+        skipped while one is in flight. False while this or another one is not durable yet.
         """
+        complaint = f"step {step} was not saved"
         if not self.wait(wait):
             self.skipped += 1
             return False
-        if step == self._last_step or self.store.path(step) == self.store.resumed_from:
-            return False
-        complaint = f"step {step} was not saved"
+        if step == self._last_step or self.store.path(step) in self.store.keep:
+            return True
         try:
-            snapshot, tensors = _snapshot(parts, self._arena.tensors if self._arena else {})
-            arena = self._fit(tensors)
-            arena.fill()
+            frozen = freeze(parts())
+            self._arena.copy(storages_of(frozen))
         except Exception as error:  # a stranger's state, or no memory: the training goes on
-            self._arena = None
+            self._arena = Arena()
             self._fail(complaint, error)
-            return False
+            return True
         self._last_step = step
-        job = functools.partial(self._write, step, snapshot, arena, state)
-        self._start(job, complaint, hurry=wait > 0)
-        self.wait(wait)
-        return True
 
-    def close(self) -> None:
-        """Leave nothing in the optimizers."""
-        for hook in self._hooks:
-            hook.remove()
+        def write() -> None:
+            self._arena.arrive(frozen)
+            saved(self.store.commit(step, frozen, state, self._check))
 
-    def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        self._start(write, complaint, hurry=wait > 0)
+        return self.wait(wait) if wait else True
+
+    def _check(self, staging: Path) -> None:
+        """What a resume would refuse must not pass for saved; models and optimizers are tried once,
+        what the loop carries may become of another kind at any time."""
+        for path in staging.glob("*.pt*"):
+            if path.name == "rng_state.pt" or not self._checked:
+                load_file(staging, path.name, mmap=True)
+        self._checked = True
 
     def wait(self, timeout: float | None = None) -> bool:
         """Until what is in flight is durable or has failed; False when the time ran out."""
         if self._thread is not None:
             self._thread.join(timeout)
-        return not self.busy()
-
-    def _fit(self, tensors: Sequence[Any]) -> _Arena:
-        if self._arena is None or not self._arena.fits(tensors):
-            self._arena = None  # first, so that the two never exist together
-            self._arena = _Arena(tensors, _changed_by_step(self._optimizers))
-        return self._arena
-
-    def _hold_step(self, *_: Any) -> None:
-        if self._arena is not None:
-            self._arena.hold_step()
-
-    def _write(
-        self, step: int, snapshot: Mapping[str, Any], arena: _Arena, state: Any
-    ) -> None:
-        files = arena.on_host(snapshot)
-        if not self._checked:  # once: what a resume would refuse must not pass for saved
-            _check_loads(files)
-            self._checked = True
-        state = {"global_step": step, **(state() if callable(state) else state)}
-        self._on_saved(self.store.commit(step, files, state))
+        return self._thread is None or not self._thread.is_alive()
 
     def _start(self, job: Callable[[], Any], complaint: str, *, hurry: bool = False) -> None:
         def run() -> None:
             if not hurry and sys.platform == "linux":  # where niceness is a thread's own
-                # The writer takes what time the loop leaves.
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # the writer takes what time the loop leaves
                     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
             began = time.thread_time()
             try:
@@ -2075,151 +3759,180 @@ class Saver:
     def _fail(self, complaint: str, error: Exception) -> None:
         self.failed += 1
         self._last_step = None
-        self._warn(f"{complaint}: {error}; earlier checkpoints in {self.store.directory} "
-                   "are untouched, the training goes on")  # fmt: skip
+        say(
+            f"{complaint}: {error}; earlier checkpoints in {self.store.directory} are untouched, "
+            "the training goes on"
+        )
 
 
-_Key = tuple[int, int]  # of a storage: address, bytes
-_Copies = tuple[list[Any], list[Any]]  # to, of
+def freeze(parts: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: part if isinstance(part, bytes) else Frozen(part, name == "rng_state.pt")
+        for name, part in parts.items()
+    }
 
 
-class _Arena:
-    """Host memory with a place for each storage of a state, and the copies that fill it.
+def storages_of(files: Mapping[str, Any]) -> dict[str, Any]:
+    frozen = [each for each in files.values() if isinstance(each, Frozen)]
+    return {key: storage for each in frozen for key, storage in each.storages.items()}
 
-    Storages, not tensors: so tied weights stay tied, and every view, stride and 0-d number comes
-    back as it was. Where a CUDA device has room, its state is first copied there (a millisecond
-    for gigabytes) and leaves in one transfer beside the next steps; where it has none, each storage
-    leaves on its own, and the optimizer's next step waits for them on the device.
+
+class Arena:
+    """Host memory, and on a CUDA device as much, with a place for each storage of a state.
+
+    A CUDA state is first copied within its device (a millisecond for gigabytes) and leaves it
+    beside the next steps in pieces, each awaited before the next is begun: so what the loop itself
+    reads from the device waits for one piece at most. Where the device has no room it is copied
+    to the host in the order of the loop's own stream, which then waits for all of it.
     """
 
-    def __init__(self, tensors: Sequence[Any], late: set[_Key]) -> None:
-        self.tensors = {id(t): t for t in tensors}  # alive, so that an id stays theirs
-        self._known = {t.data_ptr() for t in tensors}
-        self._on_host: list[tuple[int, int, int]] = []  # to, of, bytes
-        self._now: list[_Copies] = []  # in the order of the loop's own stream
-        self._behind: list[tuple[Any, list[_Copies]]] = []  # on a stream of their own
-        self._arrivals: list[Any] = []  # CUDA events
-        self._pending: list[Any] = []  # those that the optimizer's next step has to wait for
-        self.overlaps = False
-        # These storages stay alive with us, so an address cannot come to mean another tensor.
-        storages = {_key(t): t.untyped_storage() for t in tensors}
-        groups: dict[Any, dict[_Key, Any]] = {}
+    PIECE_S = 0.0015
+
+    def __init__(self) -> None:
+        self._block: Any = None  # of host memory
+        self._places: dict[str, tuple[int, int]] = {}  # of a storage, and its size
+        self._devices: dict[Any, DeviceCopy] = {}
+
+    def reserve(self, storages: Mapping[str, Any]) -> None:
+        """Make room, where there is not enough."""
+        by_device = sorted(storages.items(), key=lambda each: str(each[1].device))
+        at, self._places = 0, {}
+        spans: dict[Any, tuple[int, int]] = {}
+        for key, storage in by_device:
+            first, _ = spans.get(storage.device, (at, at))
+            self._places[key] = (at, storage.nbytes())
+            at += -(-storage.nbytes() // 64) * 64
+            spans[storage.device] = (first, at)
+        if self._block is None or len(self._block) < at:
+            self._devices, self._block = {}, None  # first, so that the two never exist together
+            self._block = resident_memory(
+                at + at // 16, pinned=any(d.type == "cuda" for d in spans)
+            )
+        cuda = {device: span for device, span in spans.items() if device.type == "cuda"}
+        for device, span in cuda.items():
+            if device not in self._devices or not self._devices[device].fits(span):
+                self._devices[device] = DeviceCopy(device, span)
+
+    def copy(self, storages: Mapping[str, Any]) -> None:
+        """The state as it is now, in the order of the loop's streams. Never waits for one."""
+        self.reserve(storages)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._block))
+        pieces: list[tuple[int, int, int]] = []
+        groups: dict[Any, list[tuple[int, Any]]] = {device: [] for device in self._devices}
         for key, storage in storages.items():
-            groups.setdefault(storage.device, {})[key] = storage
-        keys = [key for group in groups.values() for key in group]
-        sizes = [-(-size // 64) * 64 for _, size in keys]
-        starts = accumulate(sizes, initial=0)
-        self._offsets = dict(zip(keys, starts, strict=False))
-        self.memory = _host_memory(sum(sizes))
-        for device, group in groups.items():
-            if device.type == "cuda":
-                self._plan_cuda(device, group, late)
+            at, size = self._places[key]
+            if storage.device.type == "cuda":
+                groups[storage.device].append((at, storage))
             else:
-                self._on_host += self._pieces(group)
+                of = storage.data_ptr() if storage.device.type == "cpu" else None
+                pieces += split_copy(base + at, of, size) if of is not None else []
+                if of is None:
+                    raise CheckpointError(f"a state on {storage.device} cannot be saved")
+        copy_memory(pieces, torch_module().get_num_threads())
+        host = torch_module().frombuffer(self._block, dtype=torch_module().uint8)
+        for device, group in groups.items():
+            self._devices[device].fill(group, host)
 
-    def fits(self, tensors: Sequence[Any]) -> bool:
-        return {t.data_ptr() for t in tensors} == self._known
+    def arrive(self, files: Mapping[str, Any]) -> None:
+        """Once all is in host memory, let the files refer to it there."""
+        torch = torch_module()
+        for copy_ in self._devices.values():
+            copy_.leave(torch.frombuffer(self._block, dtype=torch.uint8))
+        for file in files.values():
+            for key in file.storages if isinstance(file, Frozen) else ():
+                at, size = self._places[key]
+                file.storages[key] = (
+                    torch.frombuffer(
+                        self._block, dtype=torch.uint8, count=size, offset=at
+                    ).untyped_storage()
+                    if size
+                    else torch.UntypedStorage(0)
+                )
 
-    def fill(self) -> None:
-        """Copy the state as it is now, in the order of the loop's streams. Never waits for one."""
-        torch = _torch()
-        _copy_memory(self._on_host, torch.get_num_threads())
-        for to, of in self._now:
-            torch._foreach_copy_(to, of, non_blocking=True)
-        arrivals = []
-        for side, copies in self._behind:
-            loop = torch.cuda.current_stream(side.device)
-            arrivals.append(loop.record_event())
-            side.wait_stream(loop)
-            with torch.cuda.stream(side):
-                for to, of in copies:
-                    torch._foreach_copy_(to, of, non_blocking=True)
-                arrivals.append(side.record_event())
-        self._arrivals = arrivals
-        self._pending = list(arrivals) if self.overlaps else []
 
-    def hold_step(self) -> None:
-        """Let the device, not the host, wait before the state changes under a copy."""
-        pending, self._pending = self._pending, []
-        for event in pending:
-            _torch().cuda.current_stream(event.device).wait_event(event)
+class DeviceCopy:
+    """The state of one CUDA device, and its way to the host."""
 
-    def on_host(self, snapshot: Any) -> Any:
-        """The snapshot with the copies in its tensors' places, once they have all arrived."""
-        torch = _torch()
-        while not all(event.query() for event in self._arrivals):
-            time.sleep(0.001)  # polled, as a waiting thread would hold the GIL
-        memory = self.memory.untyped_storage()
-        # Each on a storage of its own: torch.save writes storages whole.
-        own = {key: memory[at : at + key[1]] for key, at in self._offsets.items()}
-
-        def copy_of(t: Any) -> Any:
-            if t.data_ptr() not in self._known:
-                return t.cpu()
-            like = torch.empty(0, dtype=t.dtype)
-            return like.set_(own[_key(t)], t.storage_offset(), t.shape, t.stride())
-
-        return _map(snapshot, copy_of)
-
-    def _plan_cuda(self, device: Any, storages: Mapping[_Key, Any], late: set[_Key]) -> None:
-        torch = _torch()
-        self._pin()
-        first = min(self._offsets[key] for key in storages)
-        size = max(self._offsets[key] + key[1] for key in storages) - first
-        side = torch.cuda.Stream(device)
+    def __init__(self, device: Any, span: tuple[int, int]) -> None:
+        torch = torch_module()
+        self._first, self._end = span
+        size = self._end - self._first
+        self._stream = torch.cuda.Stream(device)
+        self._copied = torch.cuda.Event(blocking=True)
+        self._staging: Any = None
         free, total = torch.cuda.mem_get_info(device)
         if free - size > total // 10:  # what is left must do for the largest step still to come
-            staging = torch.empty(size, dtype=torch.uint8, device=device)
-            self._now += self._copies(storages, staging, first)
-            self._behind.append((side, [([self.memory[first : first + size]], [staging])]))
-            return
-        # Parameters and their statistics rest until the next step; buffers and batches do not.
-        self.overlaps = True
-        early = {key: storage for key, storage in storages.items() if key not in late}
-        rest = {key: storage for key, storage in storages.items() if key in late}
-        self._now += self._copies(early, self.memory, 0)
-        self._behind.append((side, self._copies(rest, self.memory, 0)))
+            self._staging = torch.empty(size, dtype=torch.uint8, device=device)
+        else:
+            warn_once(
+                f"{device} has no room for a second copy of the state ({size >> 20} MiB): "
+                "each save holds the device for as long as it takes to leave it"
+            )
 
-    def _pin(self) -> None:
-        """Page-lock the memory in place: `pin_memory` would round its size up to a power of two."""
-        cuda, address = _torch().cuda.cudart(), self.memory.data_ptr()
-        # Where the limit on locked memory refuses, the copies still work, only slower.
-        if int(cuda.cudaHostRegister(address, self.memory.numel(), 1)) == 0:
-            weakref.finalize(self, cuda.cudaHostUnregister, address).atexit = False
+    def fits(self, span: tuple[int, int]) -> bool:
+        return span == (self._first, self._end)
 
-    def _pieces(self, storages: Iterable[_Key]) -> Iterator[tuple[int, int, int]]:
-        for of, size in storages:
-            to = self.memory.data_ptr() + self._offsets[of, size]
-            for at in range(0, size, _CHUNK):
-                yield to + at, of + at, min(_CHUNK, size - at)
-
-    def _copies(self, storages: Mapping[_Key, Any], base: Any, shift: int) -> list[_Copies]:
-        """Pairs of equal lists, one call each. As integers: no bit of a NaN changes on the way."""
-        torch = _torch()
-        groups: dict[Any, _Copies] = {}
-        for key, storage in storages.items():
-            at = self._offsets[key] - shift
-            word = torch.uint8 if key[1] % 8 or key[0] % 8 else torch.int64
+    def fill(self, group: Sequence[tuple[int, Any]], host: Any) -> None:
+        """By one call for each kind of word. As integers: no bit of a NaN changes on the way."""
+        torch = torch_module()
+        base, shift = (host, 0) if self._staging is None else (self._staging, self._first)
+        words: dict[Any, tuple[list[Any], list[Any]]] = {}
+        for at, storage in group:
+            size = storage.nbytes()
+            word = torch.int64 if size % 8 == storage.data_ptr() % 8 == 0 else torch.uint8
             of = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-            to_all, of_all = groups.setdefault(word, ([], []))
-            to_all.append(base[at : at + key[1]].view(word))
+            to_all, of_all = words.setdefault(word, ([], []))
+            to_all.append(base[at - shift : at - shift + size].view(word))
             of_all.append(of.view(word))
-        return list(groups.values())
+        for to_all, of_all in words.values():
+            torch._foreach_copy_(to_all, of_all, non_blocking=True)
+        self._copied.record(torch.cuda.current_stream(self._stream.device))
+
+    def leave(self, host: Any) -> None:
+        """In the writer's thread, a piece at a time: each as long as the loop may have to wait."""
+        torch = torch_module()
+        if self._staging is None:
+            self._copied.synchronize()  # lets go of the GIL
+            return
+        piece, at, size = 16 << 20, 0, self._end - self._first
+        done = torch.cuda.Event(blocking=True)
+        self._stream.wait_event(self._copied)
+        self._copied.synchronize()
+        while at < size:
+            began, end = time.perf_counter(), min(size, at + piece)
+            with torch.cuda.stream(self._stream):
+                target = host[self._first + at : self._first + end]
+                target.copy_(self._staging[at:end], non_blocking=True)
+                done.record(self._stream)
+            done.synchronize()
+            took = time.perf_counter() - began
+            piece = max(4 << 20, min(128 << 20, int(piece * Arena.PIECE_S / took) & -4096))
+            at = end
+        return None
 
 
-def _host_memory(size: int) -> Any:
-    """Bytes of memory that is already resident, so that the first save takes no page faults."""
-    block = mmap.mmap(-1, max(size, 8), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def resident_memory(size: int, pinned: bool) -> mmap.mmap:
+    """Bytes that are already resident, so that the first save takes no page faults."""
+    block = mmap.mmap(-1, max(size, 4096), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # DONTFORK: a data loader's worker would make every page of it copy-on-write.
     for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
         with contextlib.suppress(OSError, AttributeError):
             block.madvise(getattr(mmap, advice))
-    memory = _torch().frombuffer(block, dtype=_torch().uint8)
-    ctypes.memset(memory.data_ptr(), 0, size)  # lets go of the GIL
-    return memory
+    address = ctypes.addressof(ctypes.c_char.from_buffer(block))
+    ctypes.memset(address, 0, len(block))  # lets go of the GIL
+    if pinned:  # in place: `pin_memory` would round the size up to a power of two
+        cuda = torch_module().cuda.cudart()
+        # Where the limit on locked memory refuses, the copies still work, only slower.
+        if int(cuda.cudaHostRegister(address, len(block), 1)) == 0:
+            weakref.finalize(block, cuda.cudaHostUnregister, address).atexit = False
+    return block
 
 
-def _copy_memory(pieces: Sequence[tuple[int, int, int]], workers: int) -> None:
+def split_copy(to: int, of: int, size: int) -> list[tuple[int, int, int]]:
+    return [(to + at, of + at, min(_CHUNK, size - at)) for at in range(0, size, _CHUNK)]
+
+
+def copy_memory(pieces: Sequence[tuple[int, int, int]], workers: int) -> None:
     """memcpy by a few threads, which meet once: where cores are busy, torch's own threads would
     wait for each other at every tensor (a fifth of the speed with two busy cores)."""
     work = iter(pieces)
@@ -2235,886 +3948,6 @@ def _copy_memory(pieces: Sequence[tuple[int, int, int]], workers: int) -> None:
     run()
     for helper in helpers:
         helper.join()
-
-
-def _snapshot(
-    parts: Mapping[str, Any], known: Mapping[int, Any]
-) -> tuple[dict[str, Any], list[Any]]:
-    """A copy of the parts, and those tensors in it that are still the live ones.
-
-    Live are models and optimizers, which an arena copies as a whole; what is new at every save
-    (RNG states, carried batches) or of an unusual kind is copied here and now.
-    """
-    torch = _torch()
-    plain, live = {torch.Tensor, torch.nn.Parameter}, []
-
-    def take(t: Any) -> Any:
-        if id(t) in known:  # by the last save: its kind need not be looked at again
-            live.append(t)
-            return t
-        if type(t) not in plain or t.layout is not torch.strided or not (t.is_cuda or t.is_cpu):
-            return t.detach().cpu().clone()  # may wait, and is rare
-        if not t.numel():
-            return t.detach()
-        live.append(t)
-        return t
-
-    def copied(t: Any) -> Any:
-        return t.detach().clone()
-
-    tree = {name: _map(part, copied if name == "rng_state.pt" else take)
-            for name, part in parts.items()}  # fmt: skip
-    return tree, live
-
-
-def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
-    """A copy of the tree, with its tensors changed and nothing shared that could change later."""
-    tensor, scalars = _torch().Tensor, {int, float, bool, str, bytes, type(None)}
-
-    def walk(tree: Any) -> Any:
-        kind = type(tree)
-        if kind is dict:
-            return {key: walk(value) for key, value in tree.items()}
-        if isinstance(tree, tensor):
-            return change(tree)
-        if kind in scalars:
-            return tree
-        if kind is list or kind is tuple:
-            return kind([walk(item) for item in tree])
-        twin = copy.copy(tree) if isinstance(tree, dict) else copy.deepcopy(tree)
-        if isinstance(tree, dict):  # keeps its kind, and the `_metadata` of a state_dict
-            twin.update([(key, walk(value)) for key, value in tree.items()])
-        return twin
-
-    return walk(tree)
-
-
-def _tensors(tree: Any) -> list[Any]:
-    found: list[Any] = []
-    _map(tree, found.append)
-    return found
-
-
-def _changed_by_step(optimizers: Sequence[Any]) -> set[_Key]:
-    """The storages that nothing but an optimizer's step changes."""
-    groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
-    states = [dict(optimizer.state) for optimizer in optimizers]
-    return {_key(tensor) for tensor in _tensors([groups, [list(s.values()) for s in states]])}
-
-
-def _key(tensor: Any) -> _Key:
-    storage = tensor.untyped_storage()
-    return storage.data_ptr(), storage.nbytes()
-
-
-# --- Facts about the run --------------------------------------------------------------------------
-
-_ENVIRONMENT = re.compile(
-    r"PYTHONHASHSEED|CODEX_(AUDIT|DDP)|(CUDA|CUBLAS|NCCL|OMP|MKL|ATEN|TORCH|OBS|WANDB|SLURM)_\w+"
-    r"|(LOCAL_)?RANK|WORLD_SIZE|PRESET|TITLES"
-)
-_SECRET_NAME = re.compile(r"(?i)(token|secret|passw(or)?d|api_?key|credentials?|auth)$")
-_SECRET_TEXT = re.compile(r"\b(hf_|sk-|ghp_|AKIA)[\w-]{8,}|(?<=://)[^/@\s]+(?=@)")
-
-
-def script_dir() -> Path:
-    """The folder of the training script; the working directory in a notebook."""
-    main = getattr(sys.modules.get("__main__"), "__file__", None)
-    return Path(main).resolve().parent if main else Path.cwd()
-
-
-def git_commit() -> str | None:
-    """`GIT_SHA`, else HEAD of the script's repository; None outside git, or after 2 s."""
-    import subprocess
-
-    if given := os.environ.get("GIT_SHA"):
-        return given
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=script_dir(), timeout=2,
-                              capture_output=True, text=True)  # fmt: skip
-        return head.stdout.strip() or None
-    return None
-
-
-def manifest(commit: str | None) -> dict[str, Any]:
-    """Where the run came from; what cannot be found out is absent."""
-    script = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "")
-    folders = (script_dir(), *script_dir().parents)
-    locks = (folder / name for folder in folders for name in ("uv.lock", "uv.lock.json"))
-    facts: dict[str, Any] = {
-        "schema": SCHEMA,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "git_sha": commit,
-        "lock_sha256": next((_sha256(lock) for lock in locks if lock.is_file()), None),
-        "env": {k: v for k, v in sorted(os.environ.items()) if _ENVIRONMENT.fullmatch(k)},
-        "script": script.name,
-        "script_sha256": _sha256(script) if script.is_file() else None,
-        "command_line": _redacted(sys.argv),
-    }
-    if "torch" in sys.modules:
-        facts |= numerics()
-    return {name: _plain(value) for name, value in facts.items() if value is not None}
-
-
-def system_metrics() -> dict[str, float]:
-    """Seconds and bytes of this process, and what torch holds on the device. No sync."""
-    facts: dict[str, Any] = {"cpu_seconds": time.process_time()}
-    with contextlib.suppress(OSError):  # Linux has it
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        facts["rss_bytes"] = pages * mmap.PAGESIZE
-    with contextlib.suppress(ImportError):  # Windows
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        facts["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        facts["cuda_allocated_bytes"] = torch.cuda.memory_allocated()
-        facts["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
-    return {f"system/{name}": float(value) for name, value in facts.items()}
-
-
-def _plain(value: Any, name: str = "") -> Any:
-    """Anything as strict JSON, its secrets redacted.
-
-    JSON has no NaN and no infinities: they are the strings "NaN", "Infinity", "-Infinity".
-    """
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    elif type(value).__name__ in ("Namespace", "SimpleNamespace"):
-        value = vars(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each, str(key)) for key, each in value.items()}
-    if isinstance(value, list | tuple | set | deque):
-        return [_plain(each, name) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return json.dumps(value)
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    return "<redacted>" if _SECRET_NAME.search(name) else _SECRET_TEXT.sub("<redacted>", str(value))
-
-
-def _redacted(arguments: Sequence[str]) -> list[str]:
-    """`--token x` and `--token=x` without the x."""
-    shown: list[str] = []
-    for previous, argument in zip(["", *arguments], arguments, strict=False):
-        name, equals, value = argument.rpartition("=")
-        shown.append(name + equals + _plain(value, name if equals else previous))
-    return shown
-
-
-# --- Files ----------------------------------------------------------------------------------------
-
-
-def _new_dir(parent: Path, name: str) -> Path:
-    """A directory of that name or of the next free one: a run is never written over."""
-    for number in range(1, 10_000):
-        path = parent / (name if number == 1 else f"{name}-{number}")
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)
-            if number > 1:
-                _warn_once(f"{parent / name} holds another run; this one is in {path}")
-            return path
-    raise RunError(f"{parent / name} and 9,999 more of that name exist; remove some of them")
-
-
-def _append_to(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-
-
-def _write_all(fd: int, data: Any) -> int:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-    return len(data)
-
-
-def _replace_file(path: Path, content: str | bytes) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
-
-
-def _lock_file(fd: int) -> bool:
-    """Whether the file is ours alone now; a lock that ends with the process."""
-    try:
-        if fcntl is not None:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        pass
-    return True
-
-
-def _sync_dir(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _make_dirs(path: Path) -> None:
-    missing = [p for p in (path, *path.parents) if not p.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    for created in missing:  # or a power cut takes the whole new tree, however synced its files
-        _sync_dir(created.parent)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that dies with its process. Raises BlockingIOError where another one lives."""
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # NFS wants to write
-    try:
-        if not _lock_file(handle):
-            raise BlockingIOError(f"{path} is in use by another process")
-        yield
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    import hashlib
-
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _torch() -> Any:
-    """Imported by what needs it: the commands that only read a run do without."""
-    import torch
-
-    return torch
-
-
-def _several(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
-
-
-@contextlib.contextmanager
-def _generators_untouched() -> Iterator[None]:
-    """Python's and numpy's random state stay, whatever a stranger's package draws."""
-    numpy = sys.modules.get("numpy")
-    state, numpy_state = random.getstate(), numpy and numpy.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
-
-
-# --- A script as it is ----------------------------------------------------------------------------
-
-
-class Onlooker:
-    """Records a script without call sites, by the hooks that torch has for every optimizer.
-
-    A step is one of the optimizer that steps first; what the others' steps have is recorded with
-    their number behind its name. Evaluations and the place in the loop cannot be seen.
-    """
-
-    SHARE = 0.005  # of the loop's time, that gradient norms may take
-
-    def __init__(self) -> None:
-        self.run: Run | None = None
-        self._optimizers: list[Any] = []
-        self._loss: Any = None  # back-propagated since the last step; of several, their sum
-        self._scaled: tuple[Any, Any] | None = None  # by a GradScaler, and what it was
-        self._stepping = False  # a closure evaluates again and again, and the last loss counts
-        self._norm: dict[str, Any] = {}
-        self._norm_at = self._steps = 0
-        self._began = 0.0
-
-    def install(self) -> None:
-        from torch.optim import optimizer as optim
-
-        torch = _torch()
-        optim.register_optimizer_step_pre_hook(_fenced(self._before_step))
-        optim.register_optimizer_step_post_hook(_fenced(self._after_step))
-        _wrap(torch.autograd, "backward", before=_fenced(self._note_loss))
-        scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)
-        _wrap(scaler, "scale", after=_fenced(self._note_scaled))
-
-    def _note_scaled(self, result: Any, _: Any, outputs: Any) -> None:
-        self._scaled = (result, outputs)
-
-    def _note_loss(self, tensors: Any, *_: Any, **__: Any) -> None:
-        scaled, self._scaled = self._scaled, None
-        if scaled is not None and scaled[0] is tensors:
-            tensors = scaled[1]
-        losses = [tensor.detach() for tensor in _several(tensors) if tensor.numel() == 1]
-        if losses and not self._stepping and self._loss is not None:
-            losses.append(self._loss)
-        self._loss = sum(losses[1:], losses[0]) if losses else self._loss
-
-    def _before_step(self, optimizer: Any, *_: Any) -> None:
-        if self.run is None:
-            if _run is not None:
-                return  # the script's own
-            self.run = init(save_interval=0, resume="never")
-            self._began = time.perf_counter()
-        if not any(known is optimizer for known in self._optimizers):
-            self._optimizers.append(optimizer)
-            self.run.watch(optimizer=optimizer)
-        self._stepping = True
-        if optimizer is self._optimizers[0] and self._steps >= self._norm_at:
-            self._note_norm(optimizer)
-
-    def _note_norm(self, optimizer: Any) -> None:
-        """Of what the optimizer is about to apply: clipped and unscaled. As often as is cheap."""
-        torch, began = _torch(), time.perf_counter()
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"]
-                 if p.grad is not None and p.grad.layout is torch.strided]  # fmt: skip
-        if grads and len({grad.device for grad in grads}) == 1:
-            with torch.no_grad():
-                norms = [norm.float() for norm in torch._foreach_norm(grads)]
-                self._norm = {"grad_norm": torch.linalg.vector_norm(torch.stack(norms))}
-        now = time.perf_counter()
-        step_s = (now - self._began) / (self._steps + 1)
-        if self._steps > 2:  # the first ones are slow and say nothing of the later
-            self._norm_at = self._steps + 1 + int((now - began) / (self.SHARE * step_s))
-
-    def _after_step(self, optimizer: Any, *_: Any) -> None:
-        loss, self._loss, self._stepping = self._loss, None, False
-        if self.run is None:
-            return
-        if optimizer is not self._optimizers[0]:
-            number = next(i for i, known in enumerate(self._optimizers) if known is optimizer)
-            self.run.log({} if loss is None else {f"loss/train/{number}": loss})
-            return
-        metrics, self._norm = self._norm, {}
-        if self.run._mark is not None:
-            metrics["speed/step_s"] = time.perf_counter() - self.run._mark
-        self._steps += 1
-        self.run.step(loss=loss, **metrics)
-
-    def seen(self) -> str:
-        """What was recorded, and what it takes to record the rest."""
-        if self.run is None:
-            why = "no optimizer has stepped" if not _run else "the script has its own call sites"
-            return f"observability: {why}; nothing is added"
-        return (f"observability: {self._steps} steps are in {self.run.dir}; without call sites "
-                "evaluations are not seen, and no run can be resumed")  # fmt: skip
-
-
-def _wrap(
-    owner: Any, name: str, *, before: Callable[..., Any] = lambda *_, **__: None,
-    after: Callable[..., Any] = lambda *_, **__: None,
-) -> None:  # fmt: skip
-    original = getattr(owner, name)
-
-    @functools.wraps(original)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        before(*args, **kwargs)
-        result = original(*args, **kwargs)
-        after(result, *args, **kwargs)
-        return result
-
-    setattr(owner, name, call)
-
-
-class _WhenImported:
-    """Calls back when the script has imported a module: imported before, it would not find what
-    the script puts into the environment for it."""
-
-    def __init__(self, name: str, then: Callable[[], None]) -> None:
-        self._name, self._then = name, then
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        import importlib.util
-
-        if name != self._name:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            _wrap(spec.loader, "exec_module", after=lambda *_: _fenced(self._then)())
-        return spec
-
-
-def run_script(script: Path, arguments: Sequence[str]) -> None:
-    """Run a training script as Python would, and record what can be seen from outside."""
-    import runpy
-
-    onlooker = Onlooker()
-    sys.argv, sys.path[0] = [str(script), *arguments], str(script.resolve().parent)
-    sys.meta_path.insert(0, _WhenImported("torch", onlooker.install))
-    try:
-        runpy.run_path(str(script), run_name="__main__")
-    except BaseException as error:  # the script's: its end is noted, and goes on up
-        ended = isinstance(error, SystemExit) and error.code in (None, 0)
-        finish("completed" if ended else f"failed: {type(error).__name__}")
-        raise
-    finally:
-        finish()
-        print(onlooker.seen(), file=sys.stderr)
-
-
-# --- Reading a run --------------------------------------------------------------------------------
-
-
-def _shard_name(number: int) -> str:
-    return f"metrics.{number}.ndjson" if number else "metrics.ndjson"
-
-
-def _shards(run_dir: Path) -> list[Path]:
-    paths: list[Path] = []
-    while (path := run_dir / _shard_name(len(paths))).exists():
-        paths.append(path)
-    return paths
-
-
-def read_run(run_dir: str | Path, damage: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The records of a run in their order, those too that a SIGKILL left in its ring.
-
-    Args:
-        damage: gets a sentence for each line of the journal that is no record.
-    Raises:
-        RunError: there is no journal, or it is of a newer schema.
-    """
-    seq = 0
-    for record in _journal(Path(run_dir), [] if damage is None else damage):
-        seq = record["seq"]
-        yield record
-    for left in Ring.left_behind(Path(run_dir) / "metrics.ring", seq):
-        yield _plain(left.as_dict())
-
-
-def _journal(run_dir: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
-    shards, ring = _shards(run_dir), run_dir / "metrics.ring"
-    if not shards:
-        raise RunError(f"{run_dir} holds no metrics.ndjson; give the directory of a run")
-    lines = ((path, *line) for path in shards for line in enumerate(path.open("rb"), 1))
-    for path, number, line in lines:
-        torn = not line.endswith(b"\n")
-        try:
-            record = json.loads(b"" if torn else line)
-            if record["schema"] > SCHEMA:
-                raise RunError(f"{run_dir} has schema {record['schema']}, this file knows up to "
-                               f"{SCHEMA}; use the observability.py that wrote it")  # fmt: skip
-            _FIELDS(record)
-        except (ValueError, TypeError, KeyError):
-            if not (torn and ring.exists()):  # else a kill's, and the ring has the record
-                damage.append(f"{path}, line {number}: no whole record")
-            continue
-        yield record
-
-
-_FIELDS = operator.itemgetter("seq", "time", "step", "metrics", "tags")
-
-
-def repair(run_dir: Path) -> int:
-    """Make a killed run's journal whole: cut a torn last line, append what its ring still holds.
-
-    Returns the number of its last record; 0 for a living run, which is left alone.
-    """
-    if alive(run_dir):
-        return 0
-    written = max((record["seq"] for record in _journal(run_dir, [])), default=0)
-    last = _shards(run_dir)[-1]
-    os.truncate(last, last.read_bytes().rfind(b"\n") + 1)
-    left = Ring.left_behind(run_dir / "metrics.ring", written)
-    with last.open("a", encoding="utf-8") as file:
-        file.writelines(record.line() for record in left)
-    (run_dir / "metrics.ring").unlink(missing_ok=True)
-    return left[-1].seq if left else written
-
-
-def alive(run_dir: Path) -> bool:
-    """Whether a process is still writing this run."""
-    try:
-        with _locked(run_dir / "metrics.ring"):
-            return False
-    except OSError as error:
-        return isinstance(error, BlockingIOError)
-
-
-def rebuild(run_dir: Path) -> Path:
-    """Write the run's TensorBoard events anew from its journal, and return their directory."""
-    if alive(run_dir):
-        raise RunError(f"{run_dir} is still being written; rebuild it when the run has ended")
-    repair(run_dir)
-    records = list(read_run(run_dir))
-    directory = _tb_dir(run_dir)
-    for old in directory.glob("events.out.tfevents.*.obs"):
-        old.unlink()  # first: the new file may get the name of an old one
-    sink = TensorBoard(directory)
-    for record in records:
-        form = _form_of(json.dumps([record["tags"], *record["metrics"]]).encode())
-        values = [float(value) for value in record["metrics"].values()]
-        sink.write([Record(form, record["seq"], record["time"], record["step"], values)])
-    sink.close()
-    return directory
-
-
-def _tb_dir(run_dir: Path) -> Path:
-    header = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-    return Path(run_dir / header["tb_dir"]).resolve()
-
-
-def summary(run_dir: Path) -> dict[str, Any]:
-    """A run in a line: how it ended, its losses, its median speed, its memory."""
-    last: dict[str, float] = {}
-    best: tuple[float | None, int | None] = (None, None)
-    speeds, steps, status, times = [], 0, "", []
-    for record in read_run(run_dir):
-        metrics = {name: float(value) for name, value in record["metrics"].items()}
-        last |= metrics
-        steps, status = max(steps, record["step"]), record["tags"].get("status", status)
-        times.append(record["time"])
-        speeds += [v for k, v in metrics.items() if k == "speed/tokens_per_sec_step"]
-        loss = metrics.get("loss/val_step", math.nan)
-        if loss < (math.inf if best[0] is None else best[0]):
-            best = (loss, record["step"])
-    return {
-        "run": run_dir.name,
-        "status": status or ("running" if alive(run_dir) else "killed"),
-        "steps": steps,
-        "train_loss": last.get("loss/train"),
-        "val_loss": last.get("loss/val_step"),
-        "best_val_loss": best[0],
-        "best_step": best[1],
-        "lr": last.get("lr"),
-        "tokens_per_sec": sorted(speeds)[len(speeds) // 2] if speeds else None,
-        "wall_s": times[-1] - times[0] if times else 0.0,
-        "rss_mb": last["system/rss_bytes"] / 1e6 if "system/rss_bytes" in last else None,
-    }
-
-
-def verify(run_dir: Path) -> dict[str, Any]:
-    """What was checked, and a line for each damage: checkpoints, journal, event files."""
-    saved = [path for path, _ in checkpoints(run_dir / "checkpoints")]
-    damage = [f"{path}: {found}" for path in saved if (found := ckpt_damage(path))]
-    damage += [str(path) for path in (run_dir / "checkpoints").glob(".corrupt-*")]
-    records = list(read_run(run_dir, damage))
-    damage += _gaps(records)
-    events = sorted(_tb_dir(run_dir).glob("events.out.tfevents.*.obs"))
-    damage += [f"{path}: {found}" for path in events if (found := _event_damage(path))]
-    checked = f"{len(saved)} checkpoints, {len(records)} records, {len(events)} event files"
-    return {"run": str(run_dir), "checked": checked, "damage": damage}
-
-
-def _gaps(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Where the numbers do not go on by one, as they need not where a resume took records out."""
-    resumed = any(record["tags"].get("event") == "resume" for record in records)
-    pairs = pairwise(record["seq"] for record in records)
-    return [f"metrics.ndjson: record {b} follows {a}"
-            for a, b in pairs if b <= a or (b > a + 1 and not resumed)]  # fmt: skip
-
-
-def _event_damage(path: Path) -> str | None:
-    """What is wrong with an event file; a torn last event is a kill's, and harms no reader."""
-    data, at = path.read_bytes(), 0
-    while at + 12 <= len(data):
-        (length,) = struct.unpack_from("<Q", data, at)
-        if _masked(_crc(data[at : at + 8])) != data[at + 8 : at + 12]:
-            return f"the length at byte {at} is not what was written"
-        body = data[at + 12 : at + 12 + length]
-        crc = data[at + 12 + length : at + 16 + length]
-        if len(crc) == 4 and crc != _masked(_crc(body)):
-            return f"the event at byte {at} is not what was written"
-        at += 16 + length
-    return None
-
-
-# --- Plots ----------------------------------------------------------------------------------------
-
-# A panel's title, and the records that it shows.
-_PANELS = (
-    ("loss", re.compile(r"loss/(train|val_step)")),
-    ("learning rate", re.compile(r"lr(/\d+)?")),
-    ("throughput (1/s)", re.compile(r"speed/(tokens|samples)_per_sec_step")),
-    ("gradient norm", re.compile(r"(.*[/_])?grad(ient)?_norm")),
-)
-_POINTS = 20_000  # of a curve that are kept; where there are more, every other one of the older
-
-
-def plot(run_dir: Path) -> Path:
-    """Draw the run so far, for good under its time and step, and as plots/latest.png.
-
-    Raises RunError where there is no journal, ObservabilityError where matplotlib is missing.
-    """
-    curves, resumes, steps = _curves(run_dir)
-    image = _drawn(run_dir.name, curves, resumes)
-    (run_dir / "plots").mkdir(exist_ok=True)
-    stamp = time.strftime("%Y-%m-%dT%H-%M-%S")
-    path = run_dir / "plots" / f"curves_{stamp}_step_{steps:08d}.png"
-    _replace_file(path, image)
-    _replace_file(path.with_name("latest.png"), image)
-    return path
-
-
-def _curves(run_dir: Path) -> tuple[dict[str, list[tuple[int, float]]], list[int], int]:
-    """Points by name, the steps at which the run was resumed, and its last step."""
-    curves: dict[str, list[tuple[int, float]]] = {}
-    resumes, steps = [], 0
-    for record in read_run(run_dir):
-        steps = max(steps, record["step"])
-        if record["tags"].get("event") == "resume":
-            resumes.append(record["step"])
-        for name, value in record["metrics"].items():
-            if any(shown.fullmatch(name) for _, shown in _PANELS):
-                points = curves.setdefault(name, [])
-                points.append((record["step"], float(value)))
-                if len(points) > _POINTS:
-                    del points[:-1:2]
-    return curves, resumes, steps
-
-
-def _drawn(title: str, curves: Mapping[str, Any], resumes: Sequence[int]) -> bytes:
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no window, no global state
-    except ImportError as error:
-        install = f"{sys.executable} -m pip install matplotlib"
-        raise ObservabilityError(f"matplotlib is not installed; {install}") from error
-    panels = [(label, names) for label, shown in _PANELS
-              if (names := [name for name in curves if shown.fullmatch(name)])]  # fmt: skip
-    figure = Figure(figsize=(9, 1 + 2.2 * len(panels)), layout="constrained")
-    figure.suptitle(title)
-    for row, (label, names) in enumerate(panels, 1):
-        axes = figure.add_subplot(len(panels), 1, row)
-        for name in names:
-            few = len(curves[name]) < 100
-            axes.plot(*zip(*curves[name], strict=True), label=name, marker="." if few else "",
-                      linewidth=1)  # fmt: skip
-        for number, step in enumerate(resumes):
-            axes.axvline(step, color="grey", linestyle=":", label="_" * bool(number) + "resumed")
-        axes.set(ylabel=label, xlabel="step" if row == len(panels) else "")
-        axes.legend(loc="upper right", fontsize="small")
-        axes.grid(alpha=0.3)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
-    return image.getvalue()
-
-
-# --- Parity ---------------------------------------------------------------------------------------
-
-
-class Curve(NamedTuple):
-    """What a log says of the data, of its own tolerance, and the validation loss by step."""
-
-    dataset: dict[str, Any]
-    about: dict[str, Any]
-    points: dict[int, float]
-
-
-def read_curve(path: Path) -> Curve:
-    """From the training script's JSON lines, or from a run's directory."""
-    curve = Curve({}, {}, {})
-    for line in _log_lines(path):
-        event = line.get("event")
-        if event == "dataset_info":
-            curve.dataset.update(line)
-        elif event == "baseline_info":
-            curve.about.update(line)
-        elif event == "validation_step" and {"step", "loss"} <= line.keys():
-            curve.points[int(line["step"])] = float(line["loss"])
-        elif "loss/val_step" in line.get("metrics", {}):
-            curve.points[int(line["step"])] = float(line["metrics"]["loss/val_step"])
-    if not curve.points:
-        raise LogError(f"{path} holds no validation loss; give a script's log or a run directory")
-    return curve
-
-
-def _log_lines(path: Path) -> Iterator[dict[str, Any]]:
-    if path.is_dir():
-        yield from read_run(path)
-        return
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LogError(f"{path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            yield dict(json.loads(line))
-        except (ValueError, TypeError) as error:
-            if number < len(lines):  # the last line may be torn, by a kill
-                raise LogError(f"{path}, line {number} is no JSON object: {error}") from error
-
-
-def parity(log: Curve, baseline: Curve, tolerance: float, last_tolerance: float) -> dict[str, Any]:
-    """Compare two curves at every point of the baseline.
-
-    Tolerances are in the loss's unit, 0 for equal bits. The verdict is "match", "differs",
-    "another dataset" or "unfinished".
-    """
-    result: dict[str, Any] = {"tolerance": tolerance, "last_tolerance": last_tolerance}
-    if other := _other_facts(log, baseline):
-        return {"verdict": "another dataset", "dataset": other, **result}
-    steps, end = sorted(baseline.points), max(baseline.points)
-    off = {step: abs(log.points.get(step, math.nan) - baseline.points[step]) for step in steps}
-    within = {step: off[step] <= tolerance for step in steps}  # a NaN is not
-    within[end] = off[end] <= last_tolerance
-    step = next((step for step in steps if not within[step]), end)
-    unfinished = step not in log.points and step > max(log.points)
-    verdict = "match" if within[step] else "unfinished" if unfinished else "differs"
-    return {"verdict": verdict, "points": len(steps), "largest": max(off.values()), "step": step,
-            "got": log.points.get(step), "expected": baseline.points[step], "off": off[step],
-            **result}  # fmt: skip
-
-
-def _other_facts(log: Curve, baseline: Curve) -> dict[str, list[Any]]:
-    """The facts of the data that both state and that differ."""
-    names = ("titles_count", "tokens_per_epoch", "batches_per_epoch", "vocab_size", "sha256")
-    pairs = {name: [log.dataset.get(name), baseline.dataset.get(name)] for name in names}
-    return {name: pair for name, pair in pairs.items() if None not in pair and pair[0] != pair[1]}
-
-
-def _sentence(result: Mapping[str, Any]) -> str:
-    verdict, step = result["verdict"], result.get("step")
-    if verdict == "another dataset":
-        pairs = (f"{name} {a} here, {b} there" for name, (a, b) in result["dataset"].items())
-        return f"another dataset, so the curves are not compared: {'; '.join(pairs)}"
-    if verdict == "unfinished":
-        return f"unfinished: it matches so far, and has no validation loss at step {step}"
-    if result["got"] is None:
-        return f"differs: there is no validation loss at step {step}"
-    numbers = f"{result['got']!r} here, {result['expected']!r} in the baseline"
-    if verdict == "differs":
-        return f"differs from step {step} on: {numbers}, {result['off']:.2e} apart"
-    most = f"at most {result['largest']:.1e} apart"
-    return f"matches at all {result['points']} points, {most}; at step {step}: {numbers}"
-
-
-# --- Command line ---------------------------------------------------------------------------------
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """0: it is so; 1: it is not; 2: the question could not be answered."""
-    options = _parser().parse_args(arguments)
-    try:
-        return int(options.command(options) or 0)
-    except (ObservabilityError, OSError) as error:
-        print(f"observability: {error}", file=sys.stderr)
-        return 2
-
-
-def _parser() -> Any:
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        prog="observability.py", description="Look at runs that observability.py recorded."
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(run: Callable[[Any], int | None], text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(run.__name__.removeprefix("_cmd_"), help=text, description=text)
-        added.set_defaults(command=run)
-        return added
-
-    added = command(_cmd_summarize, "a table of runs")
-    added.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory")
-    added.add_argument("--json", action="store_true")
-    added.add_argument("--csv", action="store_true")
-    added = command(_cmd_parity, "compare a log's validation losses with a baseline's")
-    added.add_argument("log", type=Path, help="JSON lines of the script, or a run's directory")
-    added.add_argument("baseline", nargs="+", type=Path, help="of several, that of the same data")
-    added.add_argument("--tolerance", type=float, help="on any point; default: the baseline's, "
-                       f"else {TOLERANCE} and {TOLERANCE_LAST} on the last")  # fmt: skip
-    added.add_argument("--exact", action="store_true", help="bit for bit")
-    added.add_argument("--json", action="store_true")
-    added = command(_cmd_verify, "check every byte of a run that has a checksum")
-    added.add_argument("run", type=Path, metavar="RUN")
-    added.add_argument("--json", action="store_true")
-    added = command(_cmd_rebuild, "write a run's TensorBoard events anew from its journal")
-    added.add_argument("run", type=Path, metavar="RUN")
-    added = command(_cmd_plot, "draw a run's curves into its plots/, by matplotlib")
-    added.add_argument("run", type=Path, metavar="RUN")
-    added = command(_cmd_run, "run a training script as it is, and record what can be seen")
-    added.add_argument("script", type=Path, metavar="TRAIN.PY")
-    added.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS")
-    added = command(_cmd_tb, "start TensorBoard on this machine's loopback")
-    added.add_argument("dir", nargs="?", type=Path, default=script_dir() / "logs/tb", metavar="DIR")
-    added.add_argument("--port", type=int, default=int(os.environ.get("TB_PORT", 6006)))
-    return parser
-
-
-def _cmd_summarize(options: Any) -> None:
-    rows = [summary(run) for run in options.runs]
-    if options.json:
-        print(json.dumps(_plain(rows), indent=1))
-    elif options.csv:
-        import csv
-
-        table = csv.DictWriter(sys.stdout, rows[0])
-        table.writeheader()
-        table.writerows(rows)
-    else:
-        cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        for line in cells:
-            print("  ".join(map(str.ljust, line, widths)).rstrip())
-
-
-def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _cmd_parity(options: Any) -> int:
-    log, baselines = read_curve(options.log), [read_curve(path) for path in options.baseline]
-    baseline = next((b for b in baselines if not _other_facts(log, b)), baselines[0])
-    tolerance = last = 0.0 if options.exact else options.tolerance
-    if tolerance is None:
-        tolerance = baseline.about.get("tolerance", TOLERANCE)
-        last = baseline.about.get("tolerance_last", TOLERANCE_LAST)
-    result = parity(log, baseline, tolerance, last)
-    print(json.dumps(_plain(result)) if options.json else f"{options.log} {_sentence(result)}")
-    return {"match": 0, "another dataset": 2}.get(result["verdict"], 1)
-
-
-def _cmd_verify(options: Any) -> int:
-    found = verify(options.run)
-    if options.json:
-        print(json.dumps(found, indent=1))
-    else:
-        print("\n".join([*found["damage"], f"{options.run}: {found['checked']}"]))
-    return 1 if found["damage"] else 0
-
-
-def _cmd_plot(options: Any) -> None:
-    with contextlib.suppress(AttributeError, OSError):  # Windows
-        os.nice(19)  # the cores are the training's
-    print(plot(options.run))
-
-
-def _cmd_run(options: Any) -> None:
-    if not options.script.is_file():
-        raise ObservabilityError(f"{options.script} is no file; give the training script")
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    import observability  # a script that imports it must find the copy that records
-
-    del sys.path[0]
-    observability.run_script(options.script, options.arguments)
-
-
-def _cmd_rebuild(options: Any) -> None:
-    print(rebuild(options.run))
-
-
-def _cmd_tb(options: Any) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("tensorboard") is None:
-        install = f"{sys.executable} -m pip install tensorboard"
-        raise ObservabilityError(f"TensorBoard is not installed; {install}")
-    port = _free_port(options.port)
-    url = f"http://127.0.0.1:{port}"
-    print(f"{url} shows {options.dir} (pid {os.getpid()}; Ctrl-C ends it)", flush=True)
-    server = [sys.executable, "-m", "tensorboard.main", "--logdir", str(options.dir)]
-    os.execv(sys.executable, [*server, "--host", "127.0.0.1", "--port", str(port)])
-
-
-def _free_port(first: int) -> int:
-    import socket
-
-    for port in range(first, first + 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise ObservabilityError(f"ports {first} to {first + 99} are taken; give another with --port")
 
 
 if __name__ == "__main__":
