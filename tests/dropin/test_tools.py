@@ -253,8 +253,7 @@ def test_the_first_step_that_is_off_is_named_with_both_values(tmp_path, baseline
 
 
 @pytest.mark.parametrize(
-    ("shift", "step", "status"),
-    [(0.009, 10, 0), (0.02, 10, 1), (0.0009, 20, 0), (0.002, 20, 1)],
+    ("shift", "step", "status"), [(0.009, 10, 0), (0.02, 10, 1), (0.0009, 20, 0), (0.002, 20, 1)]
 )
 def test_a_baseline_brings_its_own_tolerances(tmp_path, shift, step, status):
     own = {"tolerance": 0.01, "tolerance_last": 0.001}
