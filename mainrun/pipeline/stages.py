@@ -39,7 +39,7 @@ RECIPES = {
     "r1": replace(SIZES, lr=2e-3, epochs=3),
 }
 KINDS = {"Show HN": "launch", "Ask HN": "question", "[pdf]": "paper", "[video]": "talk",
-         "released": "release", "Why": "essay", "How": "guide"}  # fmt: skip
+         "released": "release", "Why": "essay", "How": "guide"}
 TAG_WEIGHT = 10.0
 BETA = 0.1  # of DPO: how much a preference may move the model away from the reference
 
@@ -167,7 +167,7 @@ def make_rows(stage: str, recipe: Hyperparameters) -> tuple[Rows, Rows, int]:
     texts = ["".join(text for text, _ in sequences("r1", line)[0]) for line in lines]
     tokenizer = train_tokenizer(texts, recipe.vocab_size)
     coded = [encode(tokenizer, parts, recipe.block_size)
-             for line in lines for parts in sequences(stage, line)]  # fmt: skip
+             for line in lines for parts in sequences(stage, line)]
     padded = [pad_sequence(list(each), batch_first=True) for each in zip(*coded, strict=True)]
     rows = Rows(*(each.view(len(lines), -1, each.size(1)) for each in padded))
     cut = len(lines) - len(lines) // 10
@@ -193,7 +193,7 @@ def sequences(stage: str, title: str) -> list[Parts]:
         return [[asked, answer], [asked, (f"{others[len(title) % len(others)]}{EOS}", 1.0)]]
     thought = f"It says {cue}, so it is a {kind}."
     return [[asked, ("<think>", TAG_WEIGHT), (thought, 1.0), ("</think><answer>", TAG_WEIGHT),
-             (kind, 1.0), (f"</answer>{EOS}", TAG_WEIGHT)]]  # fmt: skip
+             (kind, 1.0), (f"</answer>{EOS}", TAG_WEIGHT)]]
 
 
 if __name__ == "__main__":
