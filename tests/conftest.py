@@ -31,7 +31,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def open_run(tmp_path: Path) -> Iterator[Callable[..., obs.Run]]:
     """`init` with its folders under tmp_path; what is still open at the end is closed."""
-    obs._warn_once.__defaults__[0].clear()
+    obs._said.clear()
 
     def init(name: str | None = "run", **settings: Any) -> obs.Run:
         settings.setdefault("system_interval", 0)
@@ -40,7 +40,7 @@ def open_run(tmp_path: Path) -> Iterator[Callable[..., obs.Run]]:
     before = vars(obs).copy()
     yield init
     obs.finish()
-    vars(obs).update(before)  # as before the first init, which puts its run's methods there
+    vars(obs).update(before)  # as before the first init
 
 
 @pytest.fixture
