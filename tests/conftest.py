@@ -26,21 +26,19 @@ os.environ["OBS_PLOT_INTERVAL"] = "0"  # a process that draws, for each of hundr
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_MODE", "OBS_DISABLE", "RANK", "PRESET", "TITLES", "GIT_SHA"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(obs, "_said", set())  # what is said once, is said in each test
 
 
 @pytest.fixture
 def open_run(tmp_path: Path) -> Iterator[Callable[..., obs.Run]]:
     """`init` with its folders under tmp_path; what is still open at the end is closed."""
-    obs._said.clear()
 
     def init(name: str | None = "run", **settings: Any) -> obs.Run:
         settings.setdefault("system_interval", 0)
         return obs.init(name, out_dir=tmp_path / "out", tb_dir=tmp_path / "tb", **settings)
 
-    before = vars(obs).copy()
     yield init
     obs.finish()
-    vars(obs).update(before)  # as before the first init
 
 
 @pytest.fixture
