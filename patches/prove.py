@@ -22,6 +22,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -129,7 +130,7 @@ def compare(originals: Sequence[Recording], patched: Sequence[Recording]) -> dic
     )
     within = own is not None and their_drift <= SLACK * drift
     verdict = "identical" if not (own or found) else "within own drift" if within else "differs"
-    said = [line for line in theirs.output.splitlines() if line.startswith("observability: ")]
+    said = [line for line in theirs.output.splitlines() if SAID.match(line)]
     return {
         "verdict": "differs" if theirs.code else verdict,
         "why": theirs.failure if theirs.code else "",
@@ -141,6 +142,9 @@ def compare(originals: Sequence[Recording], patched: Sequence[Recording]) -> dic
         "said": said[:10],
         "cost": {} if theirs.code else cost(originals, patched),
     }
+
+
+SAID = re.compile(r"observability: (?!(start|completed) at step \d+: )")  # but how it goes anyway
 
 
 def difference(one: Recording, other: Recording) -> Difference | None:
@@ -227,15 +231,13 @@ class Kills:
     def run(self, draw: random.Random) -> dict[str, Any]:
         done = 0  # entries of the uninterrupted run that were reached
         for number, point in enumerate([*self.points(draw), None]):
-            steps_at = {entry.bits: entry.step for entry in self.whole[:done] if entry.kind == "at"}
             part = self.bench.run(
                 "to the end" if point is None else f"kill {number + 1}",
                 self.bench.patched,
                 fresh=number == 0,
                 marks=True,
                 env=self.env,
-                steps_at=steps_at,
-                kill_after=point and point - done,
+                kill_after=point,
                 settled=number % 2 == 0,
             )
             at, entries = self.place(part, done)

@@ -45,9 +45,8 @@ class Job:
     steps: int | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     marks: bool = False  # note the drop-in's steps too, by which a resumed run finds its place
-    kill_after: int | None = None  # entries
+    kill_after: int | None = None  # entries, with those before the checkpoint that is resumed
     settled: bool = False  # a checkpoint is waited for before the next step
-    steps_at: Mapping[str, int] = field(default_factory=dict)  # optimizer steps by the drop-in's
 
 
 class Entry(NamedTuple):
@@ -108,7 +107,7 @@ class Recorder:
         self.file = os.open(job.record, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.library = os.path.dirname(torch.__file__) + os.sep
         self.steps = self.noted = 0
-        self.resumed: Any = None  # the drop-in's run, once it goes on from a checkpoint
+        self.marks: Marks | None = None  # of the drop-in's run, once it is open
         # Held to the end: what a function made is gone when it returns.
         self.optimizers: list[Any] = []
         self.modules: dict[int, Any] = {}
@@ -130,8 +129,12 @@ class Recorder:
         *,
         step: int | None = None,
     ) -> None:
-        if os.getpid() != self.pid or self.passes_over():  # a forked worker
+        if os.getpid() != self.pid:  # a forked worker
             return
+        if self.marks is not None:
+            if self.marks.run.is_passing():  # what is read on the way back was read before
+                return
+            self.marks.flush()
         now = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
         at = self.steps if step is None else step
         entry = Entry(kind, at, bits, value, place, now)
@@ -158,8 +161,7 @@ class Recorder:
             import observability
 
             run: Any = observability.Run
-            run.step = self.and_then(run.step, self.after_drop_in_step)
-            run._go_on = self.and_then(run._go_on, self.after_resume)
+            run.__init__ = self.and_then(run.__init__, self.mark)
 
     def and_then(self, call: Any, after: Callable[[Any], None]) -> Any:
         @functools.wraps(call)
@@ -215,20 +217,9 @@ class Recorder:
             self.end()
             raise Enough
 
-    def after_drop_in_step(self, run: Any) -> None:
-        if self.job.settled and run._keeper is not None:
-            run._keeper.wait()
-        self.note("at", str(run.global_step))
-
-    def after_resume(self, run: Any) -> None:
-        self.steps = self.job.steps_at.get(str(run.global_step), 0)
-        self.note("resume", str(run.global_step))
-        self.noted, self.resumed = 0, run
-
-    def passes_over(self) -> bool:
-        """Whether a resumed run is on its way back: what it reads there was read before."""
-        keeper = self.resumed and self.resumed._keeper
-        return bool(keeper) and keeper._place is not None
+    def mark(self, run: Any) -> None:
+        self.marks = Marks(self, run)
+        run.add_listener(self.marks)
 
     def end(self) -> None:
         """All that the run has come to."""
@@ -245,6 +236,37 @@ class Recorder:
             trees["random cuda"] = self.torch.cuda.get_rng_state_all()
         for path, bits in leaves(trees):
             self.note("end", bits, place=path)
+
+
+class Marks:
+    """Notes the steps of the drop-in's run, by which a resumed one finds its place; a listener."""
+
+    def __init__(self, recorder: Recorder, run: Any) -> None:
+        self.recorder, self.run = recorder, run
+        self.made: tuple[int, int] | None = None  # a step to be noted, and the optimizers' steps
+
+    def stepped(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """It has yet to be saved: it is noted when its step() is over, before what comes next."""
+        self.flush()
+        self.made = step, self.recorder.steps
+
+    def flush(self) -> None:
+        made, self.made = self.made, None
+        if made is not None:
+            if self.recorder.job.settled:
+                self.run.settle()
+            self.recorder.note("at", str(made[0]), step=made[1])
+
+    def finishing(self, status: str) -> None:
+        self.flush()
+
+    def saving(self, step: int) -> list[int]:
+        return [step, self.recorder.steps, self.recorder.noted + (self.made is not None)]
+
+    def resumed(self, kept: Sequence[int]) -> None:
+        step, self.recorder.steps, noted = kept
+        self.recorder.note("resume", str(step))
+        self.recorder.noted = noted
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
