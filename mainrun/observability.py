@@ -127,7 +127,8 @@ def fenced(method: Callable[P, R]) -> Callable[P, R | None]:
         try:
             return method(*args, **kwargs)
         except Exception as error:  # strangers' objects, the disk, and our own mistakes
-            warn_once(f"{method.__name__}() failed and the training goes on: {error!r}")
+            name = getattr(method, "__name__", method)
+            warn_once(f"{name}() failed and the training goes on: {error!r}")
             return None
 
     return call
@@ -253,14 +254,16 @@ class Run:
         """
         if self._state in ("off", "closed"):
             return
+        models = tuple(model for each in models for model in several(each))
+        before = len(self.watched["model"])
         given = dict(zip(KINDS, (models, optimizer, scheduler, scaler, loader, generator)))
         for kind, things in given.items():
             known = {id(thing) for thing in self.watched[kind]}
             self.watched[kind] += [t for t in map(unwrapped, several(things)) if id(t) not in known]
         for each in several(optimizer):
             self.optimizers.follow(each)
-        for model in models:
-            count = sum(parameter.numel() for parameter in model.parameters())
+        for model in self.watched["model"][before:]:
+            count = parameter_count(model)
             self.header["models"].append({"class": type(model).__name__, "parameters": count})
             self.recorder.event(
                 "watch", self.global_step, model=type(model).__name__, parameters=count
@@ -326,13 +329,14 @@ class Run:
         try:
             now, pace = time.perf_counter(), self._pace
             if step.__class__ is not int:
-                step = whole_number(step, self.global_step + 1)
+                step = whole_number("step", step, self.global_step + 1)
             if step < self.global_step:
                 warn_once(f"step {step} came after step {self.global_step}; both stand", "order")
             record = {} if loss is None else {"loss/train": loss}
             record.update(self.optimizers.lrs)
-            if batch is not None and pace.batches < 2:  # else not all of them were seen
-                tokens, samples = sizes(batch, tokens, samples)
+            if batch is not None or samples is not None or tokens.__class__ is not int:
+                seen = batch if pace.batches < 2 else None  # else it is not all that was trained on
+                tokens, samples = sizes(seen, tokens, samples)
             if tokens is not None:
                 pace.tokens += tokens
             if pace.mark is not None and now > pace.mark:
@@ -370,6 +374,7 @@ class Run:
         if not self._records("validation"):
             return
         self.tell("evaluating")
+        epoch = whole_number("epoch", epoch, self.epoch)
         if epoch is not None and epoch != self.epoch:
             self._begin_epoch(epoch)
         loss, others = split_loss(loss)
@@ -379,7 +384,7 @@ class Run:
         self._pace.epoch_loss = loss.detach().clone() if hasattr(loss, "detach") else loss
         record = {f"{name}/val": value for name, value in {**others, **metrics}.items()}
         # In mid-iteration the optimizer has stepped and step() is yet to come.
-        at = whole_number(step, self.global_step + self.optimizers.stepped)
+        at = whole_number("step", step, self.global_step + self.optimizers.stepped)
         evaluation = self.curve.expect(at, self.epoch, self.weights_seen())
         self.recorder.record("eval", at, {"loss/val_step": loss, **record})
         if self._checkpointer is not None:
@@ -410,7 +415,7 @@ class Run:
         A list, dict or text is kept in the record's tags.
         """
         if self._records("log"):
-            self.recorder.record("train", whole_number(step, self.global_step), metrics)
+            self.recorder.record("train", whole_number("step", step, self.global_step), metrics)
 
     def skip_epoch(self, /, epoch: int | None = None) -> bool:
         """First line of an epoch's loop: `if obs.skip_epoch(epoch): continue`. Names the epoch.
@@ -424,7 +429,7 @@ class Run:
 
     @fenced
     def _enter_epoch(self, epoch: int | None) -> bool:
-        number = epoch if epoch is not None else (self.epoch or 0) + 1
+        number = whole_number("epoch", epoch, (self.epoch or 0) + 1)
         skip = self._checkpointer is not None and self._checkpointer.skip_epoch(number)
         if self._records("skip_epoch"):
             self._begin_epoch(number)
@@ -583,13 +588,15 @@ class OptimizerHooks:
 
 def sizes(batch: Any, tokens: Any, samples: Any) -> tuple[Any, Any]:
     """Tokens and samples of a batch, by its shape: int32 or int64 in two dimensions are tokens."""
+    if tokens is not None or samples is not None:
+        return whole_number("tokens", tokens, None), whole_number("samples", samples, None)
     if isinstance(batch, Mapping):
-        batch = batch.get("input_ids", next(iter(batch.values()), None))
+        tensors = (value for value in batch.values() if hasattr(value, "shape"))
+        batch = batch.get("input_ids", next(tensors, None))
     elif isinstance(batch, list | tuple):
         batch = next(iter(batch), None)
-    shape = getattr(batch, "shape", None)
-    if not shape or tokens is not None or samples is not None:
-        return tokens, samples
+    if not (shape := getattr(batch, "shape", None)):
+        return None, None
     if len(shape) == 2 and str(batch.dtype).rpartition(".")[2] in ("int32", "int64"):
         return shape[0] * shape[1], None
     return None, shape[0]
@@ -606,15 +613,23 @@ def split_loss(given: Any) -> tuple[Any, dict[str, Any]]:
     return given.get(loss), {str(name): value for name, value in given.items() if name != loss}
 
 
-def whole_number(value: Any, otherwise: int) -> int:
-    """A step's number from whatever counts: an int of any library, a float that is whole."""
+def parameter_count(model: Any) -> int | None:
+    """None for a lazy model that knows no shape yet, and for what has no parameters."""
+    try:
+        return int(sum(parameter.numel() for parameter in model.parameters()))
+    except (AttributeError, ValueError):
+        return None
+
+
+def whole_number(name: str, value: Any, otherwise: R) -> int | R:
+    """A count from whatever counts: an int of any library, a float that is whole."""
     try:
         if value is not None and not getattr(value, "is_cuda", False) and int(value) == value:
             return int(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         pass
     if value is not None:
-        warn_once(f"step={shown(value)} is no whole number; the run counts by itself", "counts")
+        warn_once(f"{name}={shown(value)} is no whole number, and is passed over", name)
     return otherwise
 
 
@@ -1088,6 +1103,7 @@ def as_number(name: str, value: Any) -> Any:
 
 
 _STRUCTURES = (str, list, tuple, Mapping)
+_TAGS = frozenset(["phase", "rank", "event", "epoch", "supersedes_from"])  # that have a meaning
 
 
 def without_structures(
@@ -1097,7 +1113,7 @@ def without_structures(
     pairs = zip(metrics.items(), values, strict=True)
     numbers = {name: value for (name, _), value in pairs if value is not None}
     others = {str(n): v for n, v in metrics.items() if isinstance(v, _STRUCTURES)}
-    kept = {n: to_json(v, n) for n, v in others.items() if n[:5] != "loss/"}
+    kept = {n + "_" * (n in _TAGS): to_json(v, n) for n, v in others.items() if n[:5] != "loss/"}
     return numbers, [*numbers.values()], {**kept, **tags}
 
 
@@ -1941,7 +1957,8 @@ _SECRETS = {  # what a secret looks like wherever it stands, and what is left of
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)": "",
     r"(?<=://)[^/\s'\"]*(?=@)": "",  # a URL's user and password
     r"(?i)\b(bearer|basic) +[\w.~+/=-]{6,}": r"\1 ",
-    rf"(?i)([\w-]*{_SECRET_NAME}\d*[\"']?\s*[=:]\s*)(?:\"[^\"]*\"|'[^']*'|[^\s&;,\"'}}<]+)": r"\1",
+    rf"(?i)(?<![\w-])([\w-]*{_SECRET_NAME}\d*[\"']?\s*[=:]\s*)"
+    r"(?:\"[^\"]*\"|'[^']*'|[^\s&;,\"'}<]+)": r"\1",
     r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|AKIA|ASIA|AIza)[\w-]{8,}": "",
     r"\beyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]*)?": "",  # a JSON web token
 }
@@ -2247,7 +2264,7 @@ class Checkpointer:
             loader.load_state_dict(loader_state)
         for listener in run.listeners:
             if hasattr(listener, "resumed"):
-                listener.resumed(saved["listeners"].get(type(listener).__name__))
+                fenced(listener.resumed)(saved["listeners"].get(type(listener).__name__))
         epoch, batches = state["epoch"], state["step_in_epoch"]
         whole = not batches or (state["ended"] and epoch is not None)
         # A loader with a state of its own is at its place already, and at its end gives no batch.
@@ -2419,7 +2436,7 @@ class Checkpointer:
             each.state_dict() for each in run.watched["loader"] if hasattr(each, "load_state_dict")
         ]
         kept = {
-            type(each).__name__: each.saving(run.global_step)
+            type(each).__name__: fenced(each.saving)(run.global_step)
             for each in run.listeners
             if hasattr(each, "saving")
         }
@@ -2759,8 +2776,9 @@ def missing_in_watch(
     if not any(watched.values()):
         yield "nothing is watched; add obs.watch(model, optimizer=…)"
     mine = {id(inner(optimizer)) for optimizer in watched["optimizer"]}
+    groups = [g for o in map(inner, watched["optimizer"]) for g in getattr(o, "param_groups", ())]
     for at, get in stepped.items():
-        if at not in mine and get() is not None:
+        if at not in mine and keeps_state(get(), groups):
             yield f"an unwatched {type(get()).__name__} makes steps; add it to watch(optimizer=[…])"
     for scheduler in unwatched_schedulers(watched, things):
         yield f"`{names[id(scheduler)]}` is not watched; add watch(scheduler=…) before resume()"
@@ -2770,7 +2788,6 @@ def missing_in_watch(
         if is_driven and id(optimizer) not in drives and not unwatched_schedulers(watched, things):
             yield "a scheduler drives the optimizer and is not watched; watch(scheduler=…)"
     models = {id(p) for model in watched["model"] for p in model.parameters()}
-    groups = [g for o in map(inner, watched["optimizer"]) for g in getattr(o, "param_groups", ())]
     if lost := sum(id(p) not in models for group in groups for p in group["params"]):
         yield f"{lost} parameters of the optimizer are in no watched model; watch that too"
     for name, thing in things.items():
@@ -2779,6 +2796,15 @@ def missing_in_watch(
             yield f"`{name}` is not watched; add watch(scaler={name})"
         if getattr(thing, "persistent_workers", False) and draws(thing.dataset):
             yield f"the workers of `{name}` keep generators of their own; persistent_workers=False"
+
+
+def keeps_state(optimizer: Any, known: Sequence[Any]) -> bool:
+    """Whether it has moments, or a rate that moved in groups that no watched optimizer shares."""
+    own = [
+        g for g in getattr(optimizer, "param_groups", ()) if not any(g is each for each in known)
+    ]
+    moved = any(group.get("lr") != optimizer.defaults.get("lr") for group in own)
+    return moved or bool(getattr(optimizer, "state", None))
 
 
 def inner(optimizer: Any) -> Any:
@@ -2812,15 +2838,16 @@ def unwatched_state(watched: Watched, things: Mapping[str, Any]) -> Iterator[tup
 
 def hidden_state(watched: Watched) -> Iterator[tuple[str, Any, str]]:
     """What a watched model has beside its state_dict."""
-    for model in watched["model"]:
+    for number, model in enumerate(watched["model"]):
+        name = type(model).__name__ + (f" {number}" if number else "")  # two may be of one class
         for path, module in model.named_modules():
-            at = f"{type(model).__name__}{path and '.'}{path}"
+            at = f"{name}{path and '.'}{path}"
             counts = {k: v for k, v in list(vars(module).items()) if type(v) in (int, float)}
-            for name, value in counts.items():
-                yield f"{at}.{name}", value, "make it a buffer, or carry it"
-            for name in module._non_persistent_buffers_set:
-                if (buffer := module._buffers.get(name)) is not None:
-                    yield f"{at}.{name}", printed([buffer]), "make it a persistent buffer"
+            for count, value in counts.items():
+                yield f"{at}.{count}", value, "make it a buffer, or carry it"
+            for key in module._non_persistent_buffers_set:
+                if (buffer := module._buffers.get(key)) is not None:
+                    yield f"{at}.{key}", printed([buffer]), "make it a persistent buffer"
 
 
 def tensors_of(module: Any) -> list[Any]:
