@@ -679,7 +679,7 @@ class Settings:
     drain_interval: float = 0.5  # seconds between two hand-overs to TensorBoard and W&B
     system_interval: float = 10.0  # seconds between two system records, 0 for none
     plot_interval: float = 300.0  # seconds between two drawings of the curves, 0 for none
-    shard_bytes: int = 64 << 20  # after which the journal goes on in a new file
+    shard_bytes: int = 64 << 20  # after which the journal goes on in a new file, 0 for never
     shard_age: float = 0.0  # seconds after which it does, 0 for never
     close_timeout: float = 5.0  # seconds that finish() may take, without a checkpoint
 
@@ -724,13 +724,21 @@ def resolve_settings(given: Mapping[str, Any]) -> tuple[Settings, SaveSettings]:
         other = os.environ.get(_OTHER_NAMES.get(name, ""))
         said = _from_arguments.get(name, os.environ.get(f"OBS_{name.upper()}") or other)
         value = said if given.get(name) is None else given[name]
-        if kind is bool and isinstance(value, str):
-            value = value.lower() not in ("", "0", "false", "no", "off")
         try:
-            setattr(part, name, getattr(part, name) if value is None else kind(value))
+            setattr(part, name, getattr(part, name) if value is None else parsed(value, kind))
         except (TypeError, ValueError):
-            warn_once(f"setting {name}={value!r} is no {kind.__name__}; the default stands")
+            warn_once(f"setting {name}={shown(value)} is no {kind.__name__}; the default stands")
     return both
+
+
+def parsed(value: Any, kind: type) -> Any:
+    """A setting from an argument or a variable. Raises TypeError, ValueError."""
+    if kind is bool and isinstance(value, str):
+        return value.lower() not in ("", "0", "false", "no", "off")
+    number = kind(value)
+    if kind in (int, float) and not 0 <= number <= 1e12:
+        raise ValueError(value)
+    return number
 
 
 def add_arguments(parser: Any) -> None:
@@ -763,7 +771,7 @@ def init(*args: Any, **kwargs: Any) -> Run:
     global _run
     if _run is not None:
         _run.finish("superseded")
-    _run = Run(*args, **kwargs)
+    _run = fenced(Run)(*args, **kwargs) or Run(enabled=False)
     return _run
 
 
@@ -980,7 +988,8 @@ class Recorder:
 
     def _run_timer(self, tick: Callable[[float], None]) -> None:
         sampler, sample_at = SystemSampler(self._settings.gpu), 0.0
-        while not self._stop.wait(self._settings.drain_interval):
+        interval = min(max(0.001, self._settings.drain_interval), 3600.0)
+        while not self._stop.wait(interval):
             now = time.monotonic()
             if self._settings.system_interval > 0 and sample_at <= now:
                 sample_at = now + self._settings.system_interval
@@ -1027,7 +1036,7 @@ class Recorder:
 
     def close(self, status: str, step: int) -> dict[str, Any]:
         """Write the last event and what is still on its way; returns what there was to regret."""
-        deadline = time.monotonic() + self._settings.close_timeout
+        deadline = time.monotonic() + min(self._settings.close_timeout, 3600.0)
         while self._pending and time.monotonic() < deadline:
             self.land()
             time.sleep(0.001)
@@ -1148,7 +1157,7 @@ class Journal:
         self._size += done
         if done < len(line):  # the disk is full: go on at the missing byte
             return self._wait(line[done:])
-        return self._next_shard() if self._size >= self._settings.shard_bytes else None
+        return self._next_shard() if 0 < self._settings.shard_bytes <= self._size else None
 
     def _wait(self, line: bytes) -> None:
         if len(self._waiting) < self.BACKLOG:
@@ -1675,12 +1684,13 @@ def free_directory(out: Path, tb: Path, stem: str) -> Path:
 
 
 def safe_name(name: object) -> str:
-    """A name that stays within its folder; empty for a run without one."""
+    """A name that stays within its folder and fits there; empty for a run without one."""
     given = "" if name is None else str(name)
-    kept = re.sub(r"[/\\\0-\x1f]+", "_", given).strip(". ")[:200] or ("run" if given else "")
-    if kept != given:
-        say(f"the run's name {given!r} would be no plain directory; it is {kept!r}")
-    return kept
+    kept = re.sub(r"[/\\\0-\x1f]+", "_", given).encode(errors="replace")[:200]
+    name = kept.decode(errors="ignore").strip(". ") or ("run" if given else "")
+    if name != given:
+        say(f"the name {given!r} would lead elsewhere; it is {name!r}")
+    return name
 
 
 # --- Reading a run --------------------------------------------------------------------------------
@@ -3643,43 +3653,67 @@ def unwrapped(thing: Any) -> Any:
 
 
 class Frozen:
-    """A file as torch.save would write it: pickled now, its storages copied beside the loop.
+    """A file as torch.save would write it, of a state as it was at one moment.
 
-    Storages, not tensors: so tied weights stay tied, and every view, stride and 0-d number comes
-    back as it was.
+    In the loop its containers are copied, behind it they are pickled and their storages replaced
+    by the arena's copies. Storages, not tensors: so tied weights stay tied, and every view, stride
+    and 0-d number comes back as it was.
     """
 
-    def __init__(self, tree: Any, keep_device: bool = False) -> None:
-        self.storages: dict[str, Any] = {}
-        self._keep_device = keep_device
-        buffer = io.BytesIO()
-        TreePickler(buffer, self._reference).dump(tree)
-        self._pickle = buffer.getvalue()
-        self.size = len(self._pickle) + sum(each.nbytes() for each in self.storages.values())
+    def __init__(self, tree: Any, live: list[Any] | None = None) -> None:
+        """Tensors of the usual kind join `live`; without it, as others, they are copied now."""
+        self._torch = torch_module()
+        self._usual = (self._torch.Tensor, self._torch.nn.Parameter)
+        self._live, self._arena = live, Arena()
+        self._storages: dict[str, Any] = {}
+        self._pickle = io.BytesIO()
+        self._tree = self._still(tree)
 
-    def _reference(self, value: Any) -> Any:
-        """The reference that torch.load knows."""
-        torch = torch_module()
-        if not isinstance(value, torch.storage.TypedStorage | torch.UntypedStorage):
-            return None
-        if isinstance(value, torch.storage.TypedStorage):
-            storage, kind = value._untyped_storage, getattr(torch, value._pickle_storage_type())
-            count = value._size()
-        else:
-            storage, kind, count = value, torch.UntypedStorage, value.nbytes()
-        key = str(storage._cdata)
-        self.storages[key] = storage
-        where = torch.serialization.location_tag(storage) if self._keep_device else "cpu"
-        return ("storage", kind, key, where, count)
+    def _still(self, tree: Any) -> Any:
+        kind = type(tree)
+        if kind in self._usual and self._live is not None and tree.layout is self._torch.strided:
+            self._live.append(tree)
+            return tree
+        if isinstance(tree, self._torch.Tensor):
+            return tree.detach().clone()
+        if kind is dict:
+            return {key: self._still(value) for key, value in tree.items()}
+        if kind is list or kind is tuple:
+            return kind([self._still(value) for value in tree])
+        if kind in (int, float, str, bool, bytes, type(None)):
+            return tree
+        twin = copy.copy(tree) if isinstance(tree, dict) else copy.deepcopy(tree)
+        if isinstance(tree, dict):  # keeps its kind, and the `_metadata` of a state_dict
+            twin.update([(key, self._still(value)) for key, value in tree.items()])
+        return twin
+
+    def pickle(self, arena: Arena) -> int:
+        """Returns how many bytes its storages have."""
+        self._arena, self._storages = arena, {}
+        TreePickler(self._pickle, self._reference).dump(self._tree)
+        return sum(storage.nbytes() for storage in self._storages.values())
 
     def write_to(self, out: Any) -> None:
         """By torch's own writer, which lets go of the GIL for each storage."""
-        writer = torch_module()._C.PyTorchFileWriter(out)
-        writer.write_record("data.pkl", self._pickle, len(self._pickle))
+        writer = self._torch._C.PyTorchFileWriter(out)
+        writer.write_record("data.pkl", self._pickle.getvalue(), self._pickle.tell())
         writer.write_record("byteorder", sys.byteorder, len(sys.byteorder))
-        for key, storage in self.storages.items():
+        for key, storage in self._storages.items():
             writer.write_record(f"data/{key}", storage, storage.nbytes())
         writer.write_end_of_file()
+
+    def _reference(self, value: Any) -> Any:
+        """What torch.load knows a storage by; what the loop carries keeps its device."""
+        if not isinstance(value, self._torch.storage.TypedStorage):
+            return None
+        time.sleep(0.0001)  # to pickle is to hold the GIL, and the loop wants it
+        storage, kind = value._untyped_storage, getattr(self._torch, value._pickle_storage_type())
+        key, where = str(storage._cdata), "cpu"
+        if self._live is None:
+            where = self._torch.serialization.location_tag(storage)
+            storage = storage.cpu()
+        self._storages[key] = self._arena.copied(storage)
+        return ("storage", kind, key, where, value._size())
 
 
 class TreePickler(pickle.Pickler):
@@ -3708,10 +3742,11 @@ class Saver:
 
     def prepare(self, parts: Mapping[str, Any], *jobs: Callable[[], Any]) -> None:
         """Reserve the memory for this state in the background: up to seconds for 4 GB on a GPU."""
-        frozen = freeze(parts)
+        live: list[Any] = []
+        freeze(parts, live)
 
         def reserve_memory() -> None:
-            self._arena.reserve(storages_of(frozen))
+            self._arena.lay_out(live)
             for job in jobs:
                 job()
 
@@ -3737,9 +3772,10 @@ class Saver:
             return False
         if step == self._last_step or self.store.path(step) in self.store.keep:
             return True
+        arena, live = self._arena, []
         try:
-            frozen = freeze(parts())
-            self._arena.copy(storages_of(frozen))
+            files = freeze(parts(), live)
+            arena.copy(live)
         except Exception as error:  # a stranger's state, or no memory: the training goes on
             self._arena = Arena()
             self._fail(complaint, error)
@@ -3747,8 +3783,8 @@ class Saver:
         self._last_step = step
 
         def write() -> None:
-            self._arena.arrive(frozen)
-            saved(self.store.commit(step, frozen, state, self._check))
+            arena.arrive()
+            saved(self.store.commit(step, files, state, arena, self._check))
 
         self._start(write, complaint, hurry=wait > 0)
         return self.wait(wait) if wait else True
@@ -3792,16 +3828,14 @@ class Saver:
         )
 
 
-def freeze(parts: Mapping[str, Any]) -> dict[str, Any]:
+def freeze(parts: Mapping[str, Any], live: list[Any]) -> dict[str, Any]:
+    """Generators and what the loop carries are few and new at each save: they are copied now."""
     return {
-        name: part if isinstance(part, bytes) else Frozen(part, name == "rng_state.pt")
+        name: Frozen(part, None if name == "rng_state.pt" else live)
+        if isinstance(part, Mapping)
+        else part
         for name, part in parts.items()
     }
-
-
-def storages_of(files: Mapping[str, Any]) -> dict[str, Any]:
-    frozen = [each for each in files.values() if isinstance(each, Frozen)]
-    return {key: storage for each in frozen for key, storage in each.storages.items()}
 
 
 class Arena:
@@ -3813,129 +3847,115 @@ class Arena:
     to the host in the order of the loop's own stream, which then waits for all of it.
     """
 
-    PIECE_S = 0.0015
-
     def __init__(self) -> None:
+        self._addresses: list[int] = []  # of the tensors that it is laid out for
+        self._storages: dict[int, Any] = {}  # kept alive, so that an address stays theirs
+        self._places: dict[int, int] = {}  # in the block, by a storage's address
         self._block: Any = None  # of host memory
-        self._places: dict[str, tuple[int, int]] = {}  # of a storage, and its size
-        self._devices: dict[Any, DeviceCopy] = {}
+        self._pieces: list[tuple[int, int, int]] = []  # for memcpy
+        self._devices: list[DeviceCopy] = []
 
-    def reserve(self, storages: Mapping[str, Any]) -> None:
-        """Make room, where there is not enough."""
-        by_device = sorted(storages.items(), key=lambda each: str(each[1].device))
-        at, self._places = 0, {}
-        spans: dict[Any, tuple[int, int]] = {}
-        for key, storage in by_device:
-            first, _ = spans.get(storage.device, (at, at))
-            self._places[key] = (at, storage.nbytes())
-            at += -(-storage.nbytes() // 64) * 64
-            spans[storage.device] = (first, at)
-        if self._block is None or len(self._block) < at:
-            self._devices, self._block = {}, None  # first, so that the two never exist together
-            self._block = resident_memory(
-                at + at // 16, pinned=any(d.type == "cuda" for d in spans)
-            )
-        cuda = {device: span for device, span in spans.items() if device.type == "cuda"}
-        for device, span in cuda.items():
-            if device not in self._devices or not self._devices[device].fits(span):
-                self._devices[device] = DeviceCopy(device, span)
+    def lay_out(self, tensors: Sequence[Any]) -> None:
+        """A place for each storage; where the tensors are those of the last time, all stays."""
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if addresses == self._addresses:
+            return
+        self._addresses, self._devices, self._block = [], [], None  # never two of them at once
+        storages = {s.data_ptr(): s for s in (t.untyped_storage() for t in tensors) if s.nbytes()}
+        order = sorted(storages, key=lambda address: str(storages[address].device))
+        sizes = [-(-storages[address].nbytes() // 64) * 64 for address in order]
+        self._storages = storages
+        self._places = dict(zip(order, itertools.accumulate(sizes, initial=0)))
+        on_host = [a for a in order if storages[a].device.type == "cpu"]
+        self._block = resident_memory(sum(sizes), pinned=len(on_host) < len(order))
+        base = address_of(self._block)
+        self._pieces = [
+            (base + self._places[a] + at, a + at, min(_CHUNK, storages[a].nbytes() - at))
+            for a in on_host
+            for at in range(0, storages[a].nbytes(), _CHUNK)
+        ]
+        for device in {storages[a].device for a in order} - {storages[a].device for a in on_host}:
+            group = {self._places[a]: storages[a] for a in order if storages[a].device == device}
+            self._devices.append(DeviceCopy(device, group, self._bytes()))
+        self._addresses = addresses
 
-    def copy(self, storages: Mapping[str, Any]) -> None:
+    def copy(self, tensors: Sequence[Any]) -> None:
         """The state as it is now, in the order of the loop's streams. Never waits for one."""
-        self.reserve(storages)
-        base = ctypes.addressof(ctypes.c_char.from_buffer(self._block))
-        pieces: list[tuple[int, int, int]] = []
-        groups: dict[Any, list[tuple[int, Any]]] = {device: [] for device in self._devices}
-        for key, storage in storages.items():
-            at, size = self._places[key]
-            if storage.device.type == "cuda":
-                groups[storage.device].append((at, storage))
-            else:
-                of = storage.data_ptr() if storage.device.type == "cpu" else None
-                pieces += split_copy(base + at, of, size) if of is not None else []
-                if of is None:
-                    raise CheckpointError(f"a state on {storage.device} cannot be saved")
-        copy_memory(pieces, torch_module().get_num_threads())
-        host = torch_module().frombuffer(self._block, dtype=torch_module().uint8)
-        for device, group in groups.items():
-            self._devices[device].fill(group, host)
+        self.lay_out(tensors)
+        copy_memory(self._pieces, torch_module().get_num_threads())
+        for device in self._devices:
+            device.copy()
 
-    def arrive(self, files: Mapping[str, Any]) -> None:
-        """Once all is in host memory, let the files refer to it there."""
+    def arrive(self) -> None:
+        """Wait until all is in host memory."""
+        for device in self._devices:
+            device.leave()
+
+    def copied(self, storage: Any) -> Any:
+        """Its copy; a storage that has no place is one already."""
+        at = self._places.get(storage.data_ptr())
+        return storage if at is None else self._bytes(at, storage.nbytes()).untyped_storage()
+
+    def size(self) -> int:
+        return 0 if self._block is None else len(self._block)
+
+    def _bytes(self, at: int = 0, count: int = -1) -> Any:
         torch = torch_module()
-        for copy_ in self._devices.values():
-            copy_.leave(torch.frombuffer(self._block, dtype=torch.uint8))
-        for file in files.values():
-            for key in file.storages if isinstance(file, Frozen) else ():
-                at, size = self._places[key]
-                file.storages[key] = (
-                    torch.frombuffer(
-                        self._block, dtype=torch.uint8, count=size, offset=at
-                    ).untyped_storage()
-                    if size
-                    else torch.UntypedStorage(0)
-                )
+        return torch.frombuffer(self._block, dtype=torch.uint8, offset=at, count=count)
 
 
 class DeviceCopy:
     """The state of one CUDA device, and its way to the host."""
 
-    def __init__(self, device: Any, span: tuple[int, int]) -> None:
+    PIECE_S = 0.0015  # that the loop may have to wait for
+
+    def __init__(self, device: Any, group: Mapping[int, Any], host: Any) -> None:
+        """`group` has the storages by their places in `host`."""
         torch = torch_module()
-        self._first, self._end = span
-        size = self._end - self._first
+        first, last = min(group), max(group)
+        self._host = host[first : last + group[last].nbytes()]
         self._stream = torch.cuda.Stream(device)
         self._copied = torch.cuda.Event(blocking=True)
-        self._staging: Any = None
+        self._staging = self._host
         free, total = torch.cuda.mem_get_info(device)
-        if free - size > total // 10:  # what is left must do for the largest step still to come
-            self._staging = torch.empty(size, dtype=torch.uint8, device=device)
+        if free - len(self._host) > total // 10:  # which must do for the largest step to come
+            self._staging = torch.empty(len(self._host), dtype=torch.uint8, device=device)
         else:
             warn_once(
-                f"{device} has no room for a second copy of the state ({size >> 20} MiB): "
-                "each save holds the device for as long as it takes to leave it"
+                f"{device} has no room for a second copy of the state: each save holds it for as "
+                "long as the state takes to leave it"
             )
-
-    def fits(self, span: tuple[int, int]) -> bool:
-        return span == (self._first, self._end)
-
-    def fill(self, group: Sequence[tuple[int, Any]], host: Any) -> None:
-        """By one call for each kind of word. As integers: no bit of a NaN changes on the way."""
-        torch = torch_module()
-        base, shift = (host, 0) if self._staging is None else (self._staging, self._first)
-        words: dict[Any, tuple[list[Any], list[Any]]] = {}
-        for at, storage in group:
-            size = storage.nbytes()
-            word = torch.int64 if size % 8 == storage.data_ptr() % 8 == 0 else torch.uint8
-            of = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-            to_all, of_all = words.setdefault(word, ([], []))
-            to_all.append(base[at - shift : at - shift + size].view(word))
+        # One call for each size of word. As integers: no bit of a NaN changes on the way.
+        self._words: dict[Any, tuple[list[Any], list[Any]]] = {}
+        for place, storage in group.items():
+            count, address = storage.nbytes(), storage.data_ptr()
+            word = torch.uint8 if count % 8 or address % 8 else torch.int64
+            of = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+            to_all, of_all = self._words.setdefault(word, ([], []))
+            to_all.append(self._staging[place - first : place - first + count].view(word))
             of_all.append(of.view(word))
-        for to_all, of_all in words.values():
+
+    def copy(self) -> None:
+        torch = torch_module()
+        for to_all, of_all in self._words.values():
             torch._foreach_copy_(to_all, of_all, non_blocking=True)
         self._copied.record(torch.cuda.current_stream(self._stream.device))
 
-    def leave(self, host: Any) -> None:
-        """In the writer's thread, a piece at a time: each as long as the loop may have to wait."""
+    def leave(self) -> None:
+        """In the writer's thread; each wait lets go of the GIL."""
         torch = torch_module()
-        if self._staging is None:
-            self._copied.synchronize()  # lets go of the GIL
-            return
-        piece, at, size = 16 << 20, 0, self._end - self._first
-        done = torch.cuda.Event(blocking=True)
-        self._stream.wait_event(self._copied)
         self._copied.synchronize()
-        while at < size:
-            began, end = time.perf_counter(), min(size, at + piece)
+        if self._staging is self._host:
+            return
+        size, at, done = 16 << 20, 0, torch.cuda.Event(blocking=True)
+        while at < len(self._host):
+            began, end = time.perf_counter(), at + size
             with torch.cuda.stream(self._stream):
-                target = host[self._first + at : self._first + end]
-                target.copy_(self._staging[at:end], non_blocking=True)
+                self._host[at:end].copy_(self._staging[at:end], non_blocking=True)
                 done.record(self._stream)
             done.synchronize()
-            took = time.perf_counter() - began
-            piece = max(4 << 20, min(128 << 20, int(piece * Arena.PIECE_S / took) & -4096))
-            at = end
-        return None
+            rate = size / (time.perf_counter() - began)
+            at, size = end, max(4 << 20, min(128 << 20, int(rate * self.PIECE_S) & -4096))
 
 
 def resident_memory(size: int, pinned: bool) -> mmap.mmap:
@@ -3945,7 +3965,7 @@ def resident_memory(size: int, pinned: bool) -> mmap.mmap:
     for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
         with contextlib.suppress(OSError, AttributeError):
             block.madvise(getattr(mmap, advice))
-    address = ctypes.addressof(ctypes.c_char.from_buffer(block))
+    address = address_of(block)
     ctypes.memset(address, 0, len(block))  # lets go of the GIL
     if pinned:  # in place: `pin_memory` would round the size up to a power of two
         cuda = torch_module().cuda.cudart()
@@ -3955,8 +3975,8 @@ def resident_memory(size: int, pinned: bool) -> mmap.mmap:
     return block
 
 
-def split_copy(to: int, of: int, size: int) -> list[tuple[int, int, int]]:
-    return [(to + at, of + at, min(_CHUNK, size - at)) for at in range(0, size, _CHUNK)]
+def address_of(block: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(block))
 
 
 def copy_memory(pieces: Sequence[tuple[int, int, int]], workers: int) -> None:
