@@ -42,6 +42,7 @@ from __future__ import annotations
 import ast
 import atexit
 import contextlib
+import copy
 import ctypes
 import errno
 import functools
@@ -728,6 +729,7 @@ def resolve_settings(given: Mapping[str, Any]) -> tuple[Settings, SaveSettings]:
             setattr(part, name, getattr(part, name) if value is None else parsed(value, kind))
         except (TypeError, ValueError):
             warn_once(f"setting {name}={shown(value)} is no {kind.__name__}; the default stands")
+    both[0].metrics_filename = safe_name(both[0].metrics_filename) or Settings.metrics_filename
     return both
 
 
@@ -922,7 +924,7 @@ class Recorder:
         if home is not None:
             if resumed is not None:
                 self.seq = self._curve.go_on(home.path, resumed)
-            self._journal = Journal(home.path / self._settings.metrics_filename, self._settings)
+            self._journal = Journal(home.journal, self._settings)
             self._add_sink("training.log", lambda: TrainingLog(home.path))
         if self._settings.tensorboard:
             directory = home.tb_dir if home else script_dir() / self._settings.tb_dir / stamp()
@@ -1270,9 +1272,10 @@ class Curve:
         Returns the number of the journal's last record.
         """
         self.last_step, last = state["global_step"], state["seq"]
+        self.recorded = last > 0  # not in a fork
         self._losses.extend((step, float(loss)) for step, loss in state["loss_history"])
         self._before = [loss for _, loss in self._losses][-20:]
-        for name in ("latest_validation", "best"):
+        for name in ("best", "latest_validation"):
             if state[name] is not None:
                 evaluation = Evaluation(state[name][0], state[name][1], 0)
                 evaluation.loss = float(state[name][2])
@@ -1500,13 +1503,14 @@ class TrainingLog:
 class RunDirectory:
     """out/<run>/: its lock and its documents. One process writes it."""
 
-    def __init__(self, path: Path, stream: str = "") -> None:
+    def __init__(self, path: Path, filename: str = "metrics.ndjson") -> None:
         """Take the lock before anything is touched. Raises RunError where another process has it.
 
-        `stream` is empty, or sets the documents of a second stream of the run apart.
+        Of a journal with a name of its own the other documents are apart from the run's, too.
         """
-        self.path, self._stream = path, stream
-        self._lock = lock_run(path / f"{stream}.lock")
+        self.path, self.journal = path, path / filename
+        self._stream = stream_of(filename)
+        self._lock = lock_run(path / f"{self._stream}.lock")
         self.config: dict[str, Any] = {}
         self.manifest: dict[str, Any] = {}
         self._plotted = time.monotonic()
@@ -1516,19 +1520,20 @@ class RunDirectory:
     def create(cls, settings: Settings, header: Mapping[str, Any]) -> RunDirectory:
         """A directory of the family's name, or the next free one."""
         out, tb = script_dir() / settings.out_dir, script_dir() / settings.tb_dir
-        stream = Path(settings.metrics_filename).stem.removeprefix("metrics")
+        filename = settings.metrics_filename
+        stream = stream_of(filename)
         stem = header["family"] or "_".join(
             filter(None, ("run", stamp(), (git_commit() or "")[:7]))
         )
         make_dirs(out / stem if stream else out)
-        home = cls(out / stem if stream else free_directory(out, tb, stem), stream and f".{stream}")
+        home = cls(out / stem if stream else free_directory(out, tb, stem), filename)
         home.config = {
             "schema": SCHEMA,
             "run": home.path.name,
             "id": os.urandom(8).hex(),
             "created": readable(time.time()),
             "script": os.path.relpath(script_path(), out),
-            "tb_dir": os.path.relpath(tb / home.path.name / stream, home.path),
+            "tb_dir": os.path.relpath(tb / home.path.name / stream[1:], home.path),
             "checkpoints": "checkpoints",
         }
         home.manifest = manifest()
@@ -1565,7 +1570,8 @@ class RunDirectory:
         return {"run": self.path.name, **facts}
 
     def save_results(self, facts: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-        paths = [*shards(self.path), *(self.tb_dir / name for name in event_files(self.tb_dir))]
+        paths = shards(self.path, self.journal.name)
+        paths += [self.tb_dir / name for name in event_files(self.tb_dir)]
         sizes = {os.path.relpath(path, self.path): path.stat().st_size for path in paths}
         results = {
             "schema": SCHEMA,
@@ -1624,8 +1630,12 @@ class RunDirectory:
 
     def discard(self) -> None:
         """Take away what a start that failed has written, and nothing else."""
-        for name in ("config.json", "run_manifest.json", "training.log", "metrics.ndjson", ".lock"):
+        for name in (f"config{self._stream}.json", f"run_manifest{self._stream}.json"):
             (self.path / name).unlink(missing_ok=True)
+        self.journal.unlink(missing_ok=True)
+        (self.path / f"{self._stream}.lock").unlink()
+        if not self._stream:
+            (self.path / "training.log").unlink(missing_ok=True)
         for name in event_files(self.tb_dir):
             (self.tb_dir / name).unlink()
         self.unlock()
@@ -1681,6 +1691,12 @@ def free_directory(out: Path, tb: Path, stem: str) -> Path:
     if name != stem:
         say(f"{out / stem} holds another run; this one is in {out / name}")
     return out / name
+
+
+def stream_of(filename: str) -> str:
+    """The word that sets a second stream of a run apart, with a dot before it."""
+    word = Path(filename).stem.removeprefix("metrics").strip("._-")
+    return word and f".{word}"
 
 
 def safe_name(name: object) -> str:
@@ -2459,8 +2475,8 @@ class Checkpointer:
         }
         if run.recorder.rank:
             return {"rng_state.pt": rng}
-        manifest = json.dumps(to_json(run.home.manifest if run.home else {}), indent=1)
-        return {**capture(run.watched), "rng_state.pt": rng, "run_manifest.json": manifest.encode()}
+        manifest = (run.dir or Path()) / "run_manifest.json"
+        return {**capture(run.watched), "rng_state.pt": rng, "run_manifest.json": manifest}
 
     def _open_saver(self) -> Saver:
         if self._saver is None:
@@ -3173,7 +3189,7 @@ class CheckpointStore:
     ) -> Path:
         """Write `files` and `state.json` as `step_…`; when this returns, a power cut keeps them.
 
-        A file is bytes, or writes itself to a stream by `write_to`. What `check` raises of the
+        A file is bytes, the path of one to copy, or a `Frozen` state. What `check` raises of the
         finished files is raised. Raises OSError with nothing left behind and every older
         checkpoint as it was.
         """
@@ -3422,11 +3438,11 @@ def write_file(path: Path, content: Any) -> dict[str, Any]:
         raw = SummedFile(fd)
         # The zip format has scraps for each tensor, and each would hand the GIL to and fro.
         with io.BufferedWriter(raw, 1 << 20) as out:
-            if isinstance(content, bytes):
-                out.write(content)
-            else:
+            if isinstance(content, Frozen):
                 reserve(fd, content.size)
                 content.write_to(out)
+            else:
+                out.write(content if isinstance(content, bytes) else content.read_bytes())
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -3666,7 +3682,7 @@ class Frozen:
         self._usual = (self._torch.Tensor, self._torch.nn.Parameter)
         self._live, self._arena = live, Arena()
         self._storages: dict[str, Any] = {}
-        self._pickle = io.BytesIO()
+        self._pickle, self.size = io.BytesIO(), 0
         self._tree = self._still(tree)
 
     def _still(self, tree: Any) -> Any:
@@ -3687,11 +3703,10 @@ class Frozen:
             twin.update([(key, self._still(value)) for key, value in tree.items()])
         return twin
 
-    def pickle(self, arena: Arena) -> int:
-        """Returns how many bytes its storages have."""
-        self._arena, self._storages = arena, {}
+    def pickle(self, arena: Arena) -> None:
+        self._arena = arena
         TreePickler(self._pickle, self._reference).dump(self._tree)
-        return sum(storage.nbytes() for storage in self._storages.values())
+        self.size = sum(storage.nbytes() for storage in self._storages.values())
 
     def write_to(self, out: Any) -> None:
         """By torch's own writer, which lets go of the GIL for each storage."""
@@ -3772,7 +3787,8 @@ class Saver:
             return False
         if step == self._last_step or self.store.path(step) in self.store.keep:
             return True
-        arena, live = self._arena, []
+        arena = self._arena
+        live: list[Any] = []
         try:
             files = freeze(parts(), live)
             arena.copy(live)
@@ -3784,7 +3800,10 @@ class Saver:
 
         def write() -> None:
             arena.arrive()
-            saved(self.store.commit(step, files, state, arena, self._check))
+            for file in files.values():
+                if isinstance(file, Frozen):
+                    file.pickle(arena)
+            saved(self.store.commit(step, files, state, self._check))
 
         self._start(write, complaint, hurry=wait > 0)
         return self.wait(wait) if wait else True
