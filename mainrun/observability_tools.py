@@ -127,7 +127,7 @@ def answers(question: Callable[[Any], Any], subjects: Iterable[Any]) -> list[Any
 
 def aligned(rows: Iterable[Iterable[str]]) -> str:
     cells = [list(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
 
@@ -245,7 +245,7 @@ class Recording:
         values = {name: points[1] for (_, name), points in self.metrics.items()}
         last = {name: numbers[-1] for name, numbers in values.items()}
         losses = self.metrics.get(("eval", "loss/val_step"), ((), ()))
-        known = ((loss, step) for step, loss in zip(*losses, strict=True) if not math.isnan(loss))
+        known = ((loss, step) for step, loss in zip(*losses) if not math.isnan(loss))
         best = min(known, default=(None, None))
         speeds, rss = values.get("speed/tokens_per_sec_step"), last.get("system/rss_bytes")
         return {
@@ -280,16 +280,17 @@ def summary(run_dir: Path, filename: str = JOURNAL) -> dict[str, Any]:
 
 
 @command("a table of runs, dead or alive", RUNS, AS_JSON, AS_CSV, METRICS)
-def command_summarize(options: argparse.Namespace) -> None:
+def command_summarize(options: argparse.Namespace) -> int:
     recordings = answers(Recording, itertools.chain.from_iterable(map(streams, options.runs)))
     rows = [recording.summary() for recording in recordings]
-    if not rows:
-        raise obs.RunError("none of these is a run; give directories such as out/<run>")
+    if not rows:  # and answers() has said of each why it is no run
+        return 2
     if options.output:
         metrics = [row for recording in recordings for row in recording.statistics()]
         obs.replace_file(options.output, _csv(metrics))
     cells = [list(rows[0]), *(map(_cell, row.values()) for row in rows)]
     print(as_json(rows) if options.json else _csv(rows).rstrip() if options.csv else aligned(cells))
+    return 0
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -406,7 +407,8 @@ class JournalCheck:
         steps = ""
         if before and after and after[0] > before[-1] + 1:
             steps = f", {span('step', before[-1] + 1, after[0] - 1)}"
-        return f"{self.name}: {span('record', first, last)} missing{steps}"
+        are = "is" if first == last else "are"
+        return f"{self.name}: {span('record', first, last)} {are} missing{steps}"
 
 
 def span(noun: str, first: int, last: int) -> str:
@@ -500,7 +502,7 @@ def verify(run_dir: Path) -> dict[str, Any]:
     damage = list(itertools.islice(found, KEPT))
     count = len(damage) + sum(1 for _ in found)
     counts = [(check.checkpoints, check.journal.records, check.events) for check in checks]
-    totals = map(sum, zip(*counts, strict=True))
+    totals = map(sum, zip(*counts))
     checked = "{} checkpoints, {} records, {} event files".format(*totals)
     return {"run": str(run_dir), "checked": checked, "damage": damage, "count": count}
 
@@ -508,11 +510,13 @@ def verify(run_dir: Path) -> dict[str, Any]:
 @command("check every byte of runs that has a checksum", RUNS, AS_JSON)
 def command_verify(options: argparse.Namespace) -> int:
     found = answers(verify, options.runs)
-    for each in found:
+    if options.json:
+        print(as_json(found))
+    for each in [] if options.json else found:
         more = [f"… and {each['count'] - PRINTED} more"] if each["count"] > PRINTED else []
         verdict = f"{each['count']} damaged" if each["count"] else "whole"
         lines = [*each["damage"][:PRINTED], *more, f"{each['run']}: {each['checked']}: {verdict}"]
-        print(as_json(each) if options.json else "\n".join(lines))
+        print("\n".join(lines))
     return 1 if any(each["count"] for each in found) else 2 * (len(found) < len(options.runs))
 
 
@@ -530,7 +534,7 @@ def event_damage(path: Path, *, may_be_torn: bool) -> Iterator[str]:
     with obs.open_regular(path) as file:
         events = _events(file, may_be_torn)
         head = list(itertools.islice(events, 2))
-        for (at, body), begins in zip(head, _BEGINNING, strict=False):
+        for (at, body), begins in zip(head, _BEGINNING):
             if begins not in body:
                 yield f"{path}: the event at byte {at} does not begin a file"
         events = itertools.chain(head, events)
@@ -564,7 +568,7 @@ def _wrong_events(events: Iterable[tuple[int, bytes]]) -> Iterator[int]:
         by_size.setdefault(len(event[1]), []).append(event)
     for alike in by_size.values():
         crcs = _masked_crcs([body[:-4] for _, body in alike])
-        yield from (at for (at, body), crc in zip(alike, crcs, strict=True) if body[-4:] != crc)
+        yield from (at for (at, body), crc in zip(alike, crcs) if body[-4:] != crc)
 
 
 def _masked_crcs(bodies: Sequence[bytes]) -> list[bytes]:
@@ -584,7 +588,7 @@ def _masked_crcs(bodies: Sequence[bytes]) -> list[bytes]:
         byte = registers[0] ^ int.from_bytes(joined[column :: len(bodies[0])], "little")
         index = byte.to_bytes(count, "little")
         found = [int.from_bytes(index.translate(table), "little") for table in tables]
-        registers = [a ^ b for a, b in zip([*registers[1:], 0], found, strict=True)]
+        registers = [a ^ b for a, b in zip([*registers[1:], 0], found)]
     columns = [(register ^ ones).to_bytes(count, "little") for register in registers]
     crcs = (sum(byte << shift for byte, shift in zip(c, shifts)) for c in zip(*columns))
     return [obs.masked_crc_bytes(crc) for crc in crcs]
@@ -600,8 +604,14 @@ def command_rebuild(options: argparse.Namespace) -> None:
 
 def rebuild(run_dir: Path) -> Path:
     """Write the run's TensorBoard events anew from its journal, and return their directory."""
-    stream = streams(run_dir)[0]
-    stream.refuse_living()
+    found = streams(run_dir)
+    for stream in found:
+        stream.refuse_living()
+    directories = [_rebuild(stream) for stream in found]
+    return directories[0]
+
+
+def _rebuild(stream: Stream) -> Path:
     old, directory = stream.events(), stream.beside(stream.config()["tb_dir"])
     staging = directory.with_name(f".tmp-{directory.name}-{os.getpid()}")
     try:
@@ -614,18 +624,19 @@ def rebuild(run_dir: Path) -> Path:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     if results := stream.read("results.json"):  # it names the files that there were
-        kept = {name: size for name, size in results["files"].items() if name[-4:] != ".obs"}
-        kept |= {os.path.relpath(path, run_dir): path.stat().st_size for path in stream.events()}
-        content = {**results, "files": kept}
-        del content["self_crc32"]
-        obs.replace_file(stream.document("results.json"), obs.seal(content))
+        files = {name: size for name, size in results["files"].items() if name[-4:] != ".obs"}
+        files |= {
+            os.path.relpath(path, stream.dir): path.stat().st_size for path in stream.events()
+        }
+        content = {name: results[name] for name in results.keys() - {"self_crc32"}}
+        obs.replace_file(stream.document("results.json"), obs.seal({**content, "files": files}))
     return directory
 
 
 @command("write a run's records as one NDJSON stream", RUN, CLEAN, NDJSON)
 def command_export(options: argparse.Namespace) -> None:
     records = obs.read_run(*streams(options.run)[0], superseded=not options.clean)
-    lines = (record.form.line(*record[1:]) for record in map(obs.Record.of, records))
+    lines = (obs.Record.of(record).line() for record in records)
     file = options.output.open("wb") if options.output else sys.stdout.buffer
     file.writelines(lines)
     file.flush()
@@ -673,12 +684,13 @@ def command_rm(options: argparse.Namespace) -> None:
 
 def removable(run_dir: Path) -> list[Path]:
     """The event files of a run that may be removed. Raises RunError for anything else."""
-    if run_dir.is_symlink():
-        raise obs.RunError(f"{run_dir} is a link; give the directory itself")
+    if run_dir.is_symlink() or not run_dir.is_dir():
+        raise obs.RunError(f"{run_dir} is no directory, or a link to one; give a run's directory")
     found = streams(run_dir)
     for stream in found:
         stream.refuse_living()
-    return [path for stream in found for path in stream.events()]
+    events = (path for stream in found for path in stream.events())
+    return [path for path in events if not path.parent.is_symlink()]
 
 
 def remove(run_dir: Path, events: Iterable[Path]) -> None:
@@ -756,13 +768,13 @@ def _image(recording: Recording) -> bytes:
     for at, (title, curves) in enumerate(drawn, 1):
         alone = at == 1 or (at == len(drawn) and at % 2 == 0)
         axes = figure.add_subplot(grid[at // 2, :] if alone else grid[at // 2, at % 2])
-        _draw(axes, title, curves, recording.resumed_at)
+        draw(axes, title, curves, recording.resumed_at)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=110)
     return image.getvalue()
 
 
-def _draw(axes: Any, title: str, curves: Mapping[str, Points], resumed_at: Sequence[int]) -> None:
+def draw(axes: Any, title: str, curves: Mapping[str, Points], resumed_at: Sequence[int]) -> None:
     from matplotlib.ticker import EngFormatter
 
     for number, (name, (steps, values)) in enumerate(curves.items()):
