@@ -18,7 +18,9 @@ def script(folder: Path, body: str, *, init: str = "'run'") -> Path:
     """A script in `folder` with a run that is open."""
     path = folder / "train.py"
     head = f"import sys, observability as obs\nobs.init({init})\n"
-    path.write_text(head + textwrap.dedent(body))
+    text = head + textwrap.dedent(body)
+    if not path.exists() or path.read_text() != text:  # another process may be about to read it
+        path.write_text(text)
     return path
 
 
