@@ -100,6 +100,12 @@ class Recording:
         return [entry for entry in self.entries if entry.kind in kinds]
 
     @property
+    def said(self) -> list[str]:
+        """By the drop-in, but that it begins and ends."""
+        said = re.findall(r"^observability: (?!(?:start|completed) at step).*", self.output, re.M)
+        return said[:10]
+
+    @property
     def failure(self) -> str:
         lines = "\n".join(self.output.strip().splitlines()[-5:])
         return f"it fails with status {self.code}, and these are its last lines:\n{lines}"
@@ -130,7 +136,6 @@ def compare(originals: Sequence[Recording], patched: Sequence[Recording]) -> dic
     )
     within = own is not None and their_drift <= SLACK * drift
     verdict = "identical" if not (own or found) else "within own drift" if within else "differs"
-    said = [line for line in theirs.output.splitlines() if SAID.match(line)]
     return {
         "verdict": "differs" if theirs.code else verdict,
         "why": theirs.failure if theirs.code else "",
@@ -139,12 +144,9 @@ def compare(originals: Sequence[Recording], patched: Sequence[Recording]) -> dic
         "own_difference": own,
         "drift": {"original": drift, "patched": their_drift} if own else None,
         "observed": theirs.observed,
-        "said": said[:10],
+        "said": theirs.said,
         "cost": {} if theirs.code else cost(originals, patched),
     }
-
-
-SAID = re.compile(r"observability: (?!(start|completed) at step \d+: )")  # but how it goes anyway
 
 
 def difference(one: Recording, other: Recording) -> Difference | None:
@@ -218,7 +220,7 @@ def prove_resume(bench: Bench, original: Recording, verdict: str) -> dict[str, A
     if whole.code or found:
         why = whole.failure if whole.code else "saving alone changes the run"
         return {"verdict": "differs", "why": why, "first_difference": found}
-    return Kills(bench, whole.of(*COMPARED, "at"), env).run(draw)
+    return {**Kills(bench, whole.of(*COMPARED, "at"), env).run(draw), "said": whole.said}
 
 
 class Kills:
