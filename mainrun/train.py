@@ -130,7 +130,7 @@ def main(args: Hyperparameters | None = None) -> GPT:
                 log_step("validation_step", step, val_loss)
                 tqdm.write(f"step {step:4d}/{max_steps}  val {val_loss:.6f}")
                 obs.validation(val_loss)  # observability
-            obs.step(step, loss=loss, tokens=xb.numel(), carry={"ptr": ptr, "step": step})  # observability
+            obs.step(step, loss=loss, batch=xb)  # observability
     obs.finish()  # observability
     return model
 

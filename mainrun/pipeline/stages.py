@@ -75,7 +75,7 @@ def main() -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             opt.step()
             scheduler.step()
-            obs.step(loss=loss, tokens=batch.ids.numel())  # observability
+            obs.step(loss=loss, batch=batch)  # observability
         val_loss, right = evaluate(model, val, loss_of)
         print(f"{args.stage} {epoch}/{recipe.epochs}  val {val_loss:.6f}  right {right:.3f}")
         obs.validation(val_loss, right=right)  # observability
