@@ -91,7 +91,7 @@ NDJSON = argument("--output", type=Path, metavar="FILE", help="instead of standa
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. 0: it is so; 1: it is not; 2: the question could not be answered."""
-    parser = argparse.ArgumentParser("observability.py", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("observability.py", description="Look at what was recorded.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (function, text, its_arguments) in _commands.items():
         added = subparsers.add_parser(name, help=text, description=text)
@@ -102,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_command(options: argparse.Namespace) -> int:
+    if options.command is command_run:
+        return int(command_run(options) or 0)  # what the script raises is its own
     try:
         status: int = options.command(options) or 0
         sys.stdout.flush()
@@ -318,7 +320,7 @@ def fence(what: object, found: Iterator[str]) -> Iterator[str]:
         yield from found
     except (obs.ObservabilityError, OSError) as error:
         yield str(error)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         yield f"{what} is not of the form that a run writes: {error!r}"
 
 
@@ -360,7 +362,7 @@ class JournalCheck:
             yield f"{torn}: a torn line, and no resume follows it"
         if record:
             train = b'"train"' in tags[:30]
-            yield from self._note(record, int(record[3]) if train else self.NO_STEP)
+            yield from self._note(record, max(int(record[3]), 0) if train else self.NO_STEP)
         elif b'{"schema":'.startswith(line[:10].rstrip()) and not _END.search(line):
             self.torn = where
         else:
@@ -729,12 +731,13 @@ def plot(run_dir: Path) -> Path:
     Raises RunError where there is no journal, ToolError where matplotlib is missing.
     """
     recording = Recording(streams(run_dir)[0])
-    image = _image(recording)
+    image = io.BytesIO()
+    drawing(recording).savefig(image, format="png", dpi=110)
     (run_dir / "plots").mkdir(exist_ok=True)
     stamp = time.strftime("%Y-%m-%dT%H-%M-%S")
     path = run_dir / "plots" / f"curves_{stamp}_step_{recording.steps:08d}.png"
-    obs.replace_file(path, image)
-    obs.replace_file(path.with_name("latest.png"), image)
+    obs.replace_file(path, image.getvalue())
+    obs.replace_file(path.with_name("latest.png"), image.getvalue())
     return path
 
 
@@ -749,8 +752,8 @@ def panels(recording: Recording) -> dict[str, dict[str, Points]]:
     return {title: curves for title, curves in found.items() if curves}
 
 
-def _image(recording: Recording) -> bytes:
-    """A PNG: the first panel over the whole width, the others in two columns beneath."""
+def drawing(recording: Recording) -> Any:
+    """A figure: the first panel over the whole width, the others in two columns beneath."""
     try:
         from matplotlib.figure import Figure  # without pyplot: no window, no global state
     except ImportError as error:
@@ -769,9 +772,7 @@ def _image(recording: Recording) -> bytes:
         alone = at == 1 or (at == len(drawn) and at % 2 == 0)
         axes = figure.add_subplot(grid[at // 2, :] if alone else grid[at // 2, at % 2])
         draw(axes, title, curves, recording.resumed_at)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
-    return image.getvalue()
+    return figure
 
 
 def draw(axes: Any, title: str, curves: Mapping[str, Points], resumed_at: Sequence[int]) -> None:
@@ -1110,10 +1111,12 @@ REST = argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS")
 
 
 @command("run a training script as it is, and record what can be seen", SCRIPT, REST)
-def command_run(options: argparse.Namespace) -> None:
+def command_run(options: argparse.Namespace) -> int:
     if not options.script.is_file():
-        raise ToolError(f"{options.script} is no file; give the training script")
+        obs.say(f"{options.script} is no file; give the training script")
+        return 2
     run_script(options.script, options.arguments)
+    return 0
 
 
 if __name__ == "__main__":

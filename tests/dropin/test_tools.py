@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -20,6 +21,7 @@ import pytest
 from conftest import MAINRUN, ROOT, python
 
 import observability as obs
+import observability_tools as tools
 from tests.dropin.test_records import tensorboard_points
 
 COMMANDS = MAINRUN / "observability.py"
@@ -45,6 +47,11 @@ def command(*arguments, status=0, **options):
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout
+
+
+def verdict(run_dir):
+    """What verify says is damaged, from within this process."""
+    return tools.verify(run_dir)["damage"]
 
 
 def refusal(*arguments):
@@ -79,7 +86,37 @@ def finished_run(open_run, run_dir, tiny_model):
             optimizer.step()
             obs.step(3 * (epoch - 1) + step, loss=1 / (epoch + step), tokens=64, odd=float("nan"))
         obs.validation(epoch / 4)
-    run._record("system", run.global_step, obs.system_metrics())
+    run.recorder.record("system", run.global_step, {"system/rss_bytes": 5e8})
+    obs.finish()
+    return run_dir
+
+
+@pytest.fixture
+def resumed_run(open_run, run_dir, tiny_model):
+    """Six steps with a NaN in each: killed after the fourth, gone on with from the second."""
+    model, optimizer = tiny_model
+    for first, last in ((1, 4), (3, 6)):
+        run = open_run(resume="auto")
+        obs.watch(model, optimizer=optimizer)
+        obs.resume()
+        for step in range(first, last + 1):
+            if step == 2:
+                obs.save()
+            obs.step(step, loss=1 / step, odd=float("nan"))
+            run.settle()
+        obs.finish("failed: as by a kill" if last == 4 else "completed")
+    return run_dir
+
+
+@pytest.fixture
+def two_streams(open_run, run_dir):
+    """A run, and beside it the stream of its evaluations."""
+    open_run()
+    for step in (1, 2):
+        obs.step(step, loss=1.0)
+    obs.finish()
+    open_run(metrics_filename="eval.ndjson")
+    obs.validation(0.25, step=7)
     obs.finish()
     return run_dir
 
@@ -89,8 +126,10 @@ def finished_run(open_run, run_dir, tiny_model):
 
 def test_help_names_every_command():
     text = command("--help")
-    assert all(name in text for name in ("summarize", "parity", "rebuild", "tb"))
-    for name in ("summarize", "parity", "rebuild", "tb"):
+    names = re.findall(r"^ {4}([a-z]+)\b", text, re.MULTILINE)
+    expected = {"summarize", "verify", "rebuild", "export", "diff", "rm", "plot", "parity", "tb"}
+    assert set(names) == expected | {"run"}
+    for name in names:
         assert f"usage: observability.py {name}" in command(name, "--help")
 
 
@@ -122,12 +161,10 @@ def test_summarize_prints_one_table_in_three_forms(finished_run, tmp_path):
     assert {len(line.split()) for line in lines} == {len(rows[0])}
 
 
-def test_summarize_reads_several_shards_as_one(open_run, run_dir, monkeypatch):
-    monkeypatch.setattr(obs, "SHARD_BYTES", 5_000)
-    open_run(drain_interval=0.005)
+def test_summarize_reads_several_shards_as_one(open_run, run_dir):
+    open_run(shard_bytes=5_000)
     for step in range(1, 501):
         obs.step(step, loss=1 / step)
-        time.sleep(0.0002)
     obs.validation(3.0)
     obs.finish()
     assert len(list(run_dir.glob("metrics*.ndjson"))) > 1
@@ -169,10 +206,316 @@ def test_a_missing_run_is_named(tmp_path, make):
     assert said == f"{tmp_path / 'nothing'} holds no metrics.ndjson; give the directory of a run"
 
 
+def test_what_is_no_run_is_said_and_passed_over(finished_run):
+    weights = finished_run.with_name("pretrain_512.pth")
+    weights.write_bytes(b"PK")
+    done = python(COMMANDS, "summarize", finished_run, weights, "--json")
+    assert (done.returncode, len(json.loads(done.stdout))) == (0, 1)
+    assert done.stderr.count(str(weights)) == 1
+    assert str(weights) in refusal("summarize", weights)
+
+
+def test_each_stream_of_a_run_has_a_row(two_streams):
+    rows = json.loads(command("summarize", two_streams, "--json"))
+    assert [(row["run"], row["steps"], row["val_loss"]) for row in rows] == [
+        ("run", 2, None),
+        ("run:eval.ndjson", 7, 0.25),
+    ]
+    [row] = json.loads(command("summarize", two_streams / "eval.ndjson", "--json"))
+    assert row == rows[1]
+
+
+def test_a_run_that_was_killed_after_a_resume_is_not_what_it_was_before(resumed_run):
+    [row] = json.loads(command("summarize", resumed_run, "--json"))
+    assert (row["status"], row["steps"], row["train_loss"]) == ("completed", 6, 1 / 6)
+    journal = resumed_run / "metrics.ndjson"
+    results = obs.read_sealed(resumed_run / "results.json")
+    del results["self_crc32"]
+    (resumed_run / "results.json").write_bytes(obs.seal({**results, "records": 5}))
+    assert tools.summary(resumed_run)["status"] == "killed"
+    assert journal.exists()
+
+
+def test_the_metrics_table_has_a_row_for_each_metric_by_phase(finished_run, tmp_path):
+    command("summarize", finished_run, "--output", tmp_path / "metrics.csv")
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    numbers = ["count", "non_finite", "first", "last", "min", "max", "mean"]
+    assert list(rows[0]) == ["run", "phase", "metric", *numbers]
+    found = {(row["phase"], row["metric"]): row for row in rows}
+    loss = found["train", "loss/train"]
+    losses = [1 / (epoch + step) for epoch in (1, 2) for step in (1, 2, 3)]
+    expected = [6, 0, losses[0], losses[-1], min(losses), max(losses), sum(losses) / 6]
+    assert [float(loss[name]) for name in numbers] == pytest.approx(expected)
+    assert list(found["train", "odd"].values())[3:] == ["6", "6", "nan", "nan", "", "", ""]
+    assert found["eval", "loss/val"]["count"] == "2"
+    assert found["system", "system/rss_bytes"]["last"] == "500000000.0"
+
+
 def test_a_run_of_a_newer_schema_is_refused(finished_run):
     journal = finished_run / "metrics.ndjson"
     journal.write_text(journal.read_text().replace('"schema":1', '"schema":2'))
     assert "schema 2, this file knows up to 1" in refusal("summarize", finished_run)
+
+
+# --- verify ---------------------------------------------------------------------------------------
+
+
+def checked_files(run_dir):
+    """All that a run has, but what it only says to people."""
+    found = [path for path in run_dir.rglob("*") if path.is_file() and not path.is_symlink()]
+    found += [path for stream in tools.streams(run_dir) for path in stream.events()]
+    return [p for p in found if p.stat().st_size and p.name != "training.log"]
+
+
+def missed_flips(run_dir, count, seed=0):
+    """Of so many single flipped bits, the ones that verify does not find."""
+    choice, missed = random.Random(seed), []
+    files = sorted(checked_files(run_dir))
+    for number in range(count):
+        path = files[number % len(files)]
+        whole = path.read_bytes()
+        at = choice.choice([choice.randrange(len(whole)), len(whole) - 1 - number % 20])
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << choice.randrange(8)
+        path.write_bytes(flipped)
+        if not verdict(run_dir):
+            missed.append((path, at))
+        path.write_bytes(whole)
+    assert verdict(run_dir) == []
+    return missed
+
+
+FLIPS = int(os.environ.get("FLIPS", 120))  # more of them, to be surer
+
+
+def test_every_flipped_bit_of_an_ended_run_is_found(resumed_run):
+    assert missed_flips(resumed_run, FLIPS) == []
+
+
+def test_every_flipped_bit_of_a_killed_run_is_found(tmp_path):
+    with living_run(tmp_path):
+        pass
+    assert missed_flips(tmp_path / "out" / "run", FLIPS) == []
+
+
+def test_every_flipped_bit_of_a_second_stream_is_found(two_streams):
+    assert missed_flips(two_streams, FLIPS) == []
+
+
+def test_a_flipped_bit_among_thousands_of_events_is_found(open_run, run_dir):
+    open_run()
+    for step in range(1, 3001):
+        obs.step(step, loss=1 / step)
+    obs.finish()
+    [events] = tools.Stream(run_dir).events()
+    whole = events.read_bytes()
+    for at in (len(whole) // 3, len(whole) // 2, len(whole) - 5):
+        events.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        assert len(verdict(run_dir)) == 1
+    events.write_bytes(whole)
+    assert verdict(run_dir) == []
+
+
+def test_verify_says_what_it_checked_and_exits_by_what_it_found(resumed_run, tmp_path):
+    said = command("verify", resumed_run)
+    assert said == f"{resumed_run}: 1 checkpoints, 15 records, 2 event files: whole\n"
+    (resumed_run / "checkpoints" / "step_00000002" / "model.pth").write_bytes(b"PK")
+    lines = command("verify", resumed_run, status=1).splitlines()
+    assert "step_00000002/model.pth is not what was written" in lines[0]
+    assert lines[1].endswith("1 damaged")
+    [found] = json.loads(command("verify", resumed_run, "--json", status=1))
+    assert (found["count"], found["damage"]) == (1, lines[:1])
+    assert "nothing holds no metrics.ndjson" in refusal("verify", tmp_path / "nothing")
+
+
+def test_of_much_damage_some_is_printed_and_all_is_counted(finished_run):
+    with (finished_run / "metrics.ndjson").open("a") as journal:
+        journal.writelines("no record\n" for _ in range(5000))
+    lines = command("verify", finished_run, status=1).splitlines()
+    assert len(lines) == 22
+    assert lines[-1].endswith("5001 damaged")  # and the size that the run noted at its end
+
+
+@pytest.mark.parametrize("cut", [1, 40, 300])
+def test_what_is_cut_off_an_ended_runs_files_is_found(resumed_run, cut):
+    for path in checked_files(resumed_run):
+        whole = path.read_bytes()
+        path.write_bytes(whole[: -min(cut, len(whole))])
+        assert verdict(resumed_run), path
+        path.write_bytes(whole)
+
+
+def test_lines_cut_off_whole_are_missed_by_their_numbers(resumed_run):
+    journal = resumed_run / "metrics.ndjson"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:-3]))
+    found = verdict(resumed_run)
+    assert found[0] == "metrics.ndjson: records 13 to 15 are missing, steps 5 to 6"
+    assert (
+        found[1]
+        == f"{journal} has {len(b''.join(lines[:-3]))} bytes, and had {sum(map(len, lines))}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        (slice(2, 4), "records 3 to 4 are missing, steps 2 to 3"),
+        (slice(1, 2), "record 2 is missing, step 1"),
+        (slice(3, 9), "records 4 to 9 are missing, steps 3 to 8"),
+    ],
+)
+def test_missing_records_are_named_with_their_steps(tmp_path, gone, said):
+    journal = make_journal(tmp_path / "run", range(1, 11))
+    lines = journal.read_bytes().splitlines(keepends=True)
+    del lines[gone]
+    journal.write_bytes(b"".join(lines))
+    assert f"metrics.ndjson: {said}" in verdict(tmp_path / "run")
+
+
+def line_of(seq, step, **tags):
+    """As a run writes it."""
+    metrics = {"loss/train": 0.5} if tags["phase"] == "train" else {}
+    facts = {"seq": seq, "time": 1.0, "step": step, "metrics": metrics}
+    return obs.Record.of({**facts, "tags": {"phase": tags.pop("phase"), "rank": 0, **tags}}).line()
+
+
+def make_journal(run_dir, steps):
+    """A journal of a start event and those steps, as a run writes it, and its config.json."""
+    run_dir.mkdir(parents=True)
+    config = {"run": run_dir.name, "id": "1", "config": {}, "tb_dir": "tb", "checkpoints": "saved"}
+    (run_dir / "config.json").write_bytes(obs.seal(config))
+    lines = [line_of(1, 0, phase="event", event="start")]
+    lines += [line_of(seq, step, phase="train") for seq, step in enumerate(steps, 2)]
+    (run_dir / "metrics.ndjson").write_bytes(b"".join(lines))
+    return run_dir / "metrics.ndjson"
+
+
+def test_steps_may_be_any_number(tmp_path):
+    make_journal(tmp_path / "run", [-3, -2, -1, 0, 5, 5, 2**62])
+    assert verdict(tmp_path / "run") == []
+
+
+def test_neighbours_in_the_other_order_are_no_damage_and_doubles_are(tmp_path):
+    journal = make_journal(tmp_path / "run", range(1, 11))
+    lines = journal.read_bytes().splitlines(keepends=True)
+    lines[3], lines[4] = lines[4], lines[3]
+    journal.write_bytes(b"".join(lines))
+    assert verdict(tmp_path / "run") == []
+    journal.write_bytes(b"".join([*lines, lines[5]]))
+    assert verdict(tmp_path / "run") == ["metrics.ndjson: record 6 stands there twice"]
+
+
+def test_a_torn_line_is_a_kills_only_at_the_end_or_before_a_resume(tmp_path):
+    journal = make_journal(tmp_path / "run", range(1, 4))
+    whole = journal.read_bytes()
+    line = whole.splitlines()[-1].replace(b'"seq":4', b'"seq":5')
+    for length in range(1, len(line)):
+        journal.write_bytes(whole + line[:length])
+        assert verdict(tmp_path / "run") == [], length
+    after = line_of(5, 2, phase="event", event="resume", supersedes_from=3, events={})
+    for length in range(1, len(line)):
+        journal.write_bytes(whole + line[:length] + b"\n" + after)
+        assert verdict(tmp_path / "run") == [], length
+    journal.write_bytes(whole + line[:30] + b"\n" + line_of(5, 4, phase="train"))
+    assert verdict(tmp_path / "run") == [
+        "metrics.ndjson, line 5: a torn line, and no resume follows it"
+    ]
+
+
+def test_a_journal_older_than_a_checkpoint_lacks_records(resumed_run):
+    (resumed_run / "results.json").unlink()
+    journal = resumed_run / "metrics.ndjson"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:2]))
+    assert "metrics.ndjson: records 3 to 4 are missing, steps 1 to 2" in verdict(resumed_run)
+
+
+def test_files_that_a_run_names_and_that_are_gone_are_named(resumed_run):
+    for path in [*tools.Stream(resumed_run).events(), resumed_run / "metrics.ndjson"]:
+        whole = path.read_bytes()
+        path.unlink()
+        (resumed_run / "metrics.0001.ndjson").touch()  # else it is no run at all
+        assert any(f"{path.name} has no bytes" in said for said in verdict(resumed_run))
+        path.write_bytes(whole)
+    (resumed_run / "config.json").unlink()
+    assert any("config.json" in said for said in verdict(resumed_run))
+
+
+def test_a_living_run_is_whole(tmp_path):
+    with living_run(tmp_path):
+        assert "whole" in command("verify", tmp_path / "out" / "run")
+
+
+def replace_by_fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def replace_by_device(path):
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def replace_by_directory(path):
+    path.unlink()
+    path.mkdir()
+
+
+def replace_by_a_tebibyte(path):
+    with path.open("r+b") as file:
+        file.truncate(1 << 40)
+
+
+def replace_by_deep_json(path):
+    path.write_bytes(b'{"a":' * 100_000)
+
+
+STRANGE = [
+    replace_by_fifo,
+    replace_by_device,
+    replace_by_directory,
+    replace_by_a_tebibyte,
+    replace_by_deep_json,
+]
+
+
+@pytest.mark.parametrize("replace", STRANGE, ids=lambda function: function.__name__)
+@pytest.mark.parametrize(
+    "name", ["metrics.ndjson", "config.json", "results.json", "model.pth", "state.json", "events"]
+)
+def test_what_is_no_file_of_ours_is_refused_by_name_at_once(resumed_run, name, replace):
+    step = resumed_run / "checkpoints" / "step_00000002"
+    path = (step if name in ("model.pth", "state.json") else resumed_run) / name
+    if name == "events":
+        path = tools.Stream(resumed_run).events()[0]
+    replace(path)
+    began = time.monotonic()
+    assert any(path.name in said for said in verdict(resumed_run))
+    assert time.monotonic() - began < 5  # a second, on a machine that is not busy
+
+
+def test_lengths_that_lie_are_refused(resumed_run):
+    events = tools.Stream(resumed_run).events()[0]
+    length = (1 << 60).to_bytes(8, "little")
+    events.write_bytes(events.read_bytes() + length + obs.masked_crc(length) + b"x")
+    assert any("no event begins at byte" in said for said in verdict(resumed_run))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"records": "x", "last_step": None, "files": []},
+        {"records": 1 << 62, "last_step": 1, "files": {"metrics.ndjson": "many"}},
+        {"files": {"/dev/zero": 0}, "records": 13, "last_step": [6]},
+        {},
+    ],
+)
+def test_a_sealed_file_of_another_form_is_damage_and_no_traceback(resumed_run, content):
+    (resumed_run / "results.json").write_bytes(obs.seal(content))
+    verdict(resumed_run)
+    (resumed_run / "config.json").write_bytes(obs.seal(content))
+    assert verdict(resumed_run)
 
 
 # --- parity ---------------------------------------------------------------------------------------
@@ -211,7 +554,7 @@ def test_the_published_baseline_matches_itself_bit_for_bit():
 
 def cuda_log(path, **change):
     """The published curve where CUDA's points are not known, theirs where they are."""
-    published = obs.read_curve(BASELINE)
+    published = tools.read_curve(BASELINE)
     return log_of(path, {**published.points, **CUDA_POINTS, **change}, published.dataset)
 
 
@@ -224,8 +567,8 @@ def test_the_published_recipe_on_cuda_matches_the_published_baseline(tmp_path):
 
 @pytest.mark.parametrize(("step", "shift"), [(220, 6e-4), (220, -6e-4), (938, 1.1e-4), (1, 6e-4)])
 def test_a_shift_beyond_the_drift_between_devices_differs(tmp_path, step, shift):
-    points = shifted(shift, step, obs.read_curve(BASELINE).points)
-    log = log_of(tmp_path / "log", points, obs.read_curve(BASELINE).dataset)
+    points = shifted(shift, step, tools.read_curve(BASELINE).points)
+    log = log_of(tmp_path / "log", points, tools.read_curve(BASELINE).dataset)
     assert f"differs from step {step} on" in command("parity", log, BASELINE, status=1)
 
 
@@ -352,7 +695,7 @@ def test_a_log_that_cannot_be_read_is_refused(tmp_path, baseline):
     assert "binary cannot be read: " in refusal("parity", baseline, tmp_path / "binary")
 
 
-# --- rebuild --------------------------------------------------------------------------------------
+# --- rebuild, export, diff, rm --------------------------------------------------------------------
 
 
 def events_of(directory):
@@ -382,14 +725,14 @@ def test_rebuild_replaces_the_old_event_files_and_no_others(finished_run, tmp_pa
     others.write_bytes(b"")
     for _ in range(2):
         command("rebuild", finished_run)
-        assert obs.rebuild(finished_run) == old.parent  # twice in one second, from one process
+        assert tools.rebuild(finished_run) == old.parent  # twice in one second, from one process
     left = sorted((tmp_path / "tb").rglob("*tfevents*"))
     assert others in left
     assert len(left) == 2
     assert events_of(tmp_path / "tb") == live
 
 
-def test_rebuild_brings_back_what_a_sigkill_left_in_the_ring(tmp_path):
+def test_rebuild_writes_a_killed_run_whole_and_leaves_it_whole(tmp_path):
     with living_run(tmp_path):
         pass
     command("rebuild", tmp_path / "out" / "run")
@@ -399,7 +742,17 @@ def test_rebuild_brings_back_what_a_sigkill_left_in_the_ring(tmp_path):
         if tag == "loss/train"
     ]
     assert points == [(step, pytest.approx(1 / step)) for step in range(1, 6)]
-    assert not (tmp_path / "out" / "run" / "metrics.ring").exists()
+    command("verify", tmp_path / "out" / "run")
+
+
+def test_rebuilt_events_are_one_curve_and_the_run_is_still_whole(resumed_run, tmp_path):
+    tools.rebuild(resumed_run)
+    losses = [p[0] for p in tensorboard_points(tmp_path / "tb") if p[1] == "loss/train"]
+    assert losses == [1, 2, 3, 4, 5, 6]
+    assert verdict(resumed_run) == []
+    [events] = tools.Stream(resumed_run).events()
+    events.write_bytes(events.read_bytes()[:-1])
+    assert any(events.name in said for said in verdict(resumed_run))
 
 
 def test_rebuild_leaves_a_running_run_alone(tmp_path):
@@ -409,7 +762,89 @@ def test_rebuild_leaves_a_running_run_alone(tmp_path):
 
 
 def test_rebuild_of_a_missing_run_names_it(tmp_path):
-    assert "nothing holds no metrics.ndjson" in refusal("rebuild", tmp_path / "nothing")
+    assert "nothing holds no config.json of ours" in refusal("rebuild", tmp_path / "nothing")
+
+
+def test_export_gives_every_record_to_the_byte(resumed_run):
+    journal = b"".join(path.read_bytes() for path in obs.shards(resumed_run)).decode()
+    assert command("export", resumed_run) == journal
+    assert "NaN" in journal
+
+
+def test_a_clean_export_has_each_step_once(resumed_run, tmp_path):
+    command("export", resumed_run, "--clean", "--output", tmp_path / "clean.ndjson")
+    lines = (tmp_path / "clean.ndjson").read_bytes().splitlines(keepends=True)
+    found = [obs.parse_line(line) for line in lines]
+    steps = [record["step"] for record in found if "loss/train" in record["metrics"]]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [record["tags"]["event"] for record in found if not record["metrics"]].count(
+        "resume"
+    ) == 1
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(finished_run):
+    asked = f"{sys.executable} {COMMANDS} export {finished_run} | head -n 1"
+    done = subprocess.run(asked, shell=True, capture_output=True, text=True)
+    assert (done.stdout.count("\n"), done.stderr) == (1, "")
+
+
+def test_diff_names_what_differs_and_exits_by_the_configuration(open_run, run_dir):
+    for name, lr, steps in (("run", 0.1, 2), ("same", 0.1, 3), ("other", 0.2, 2)):
+        open_run(name, config={"lr": lr, "layers": [1, 2], "api_key": "hidden"})
+        for step in range(1, steps + 1):
+            obs.step(step, loss=1.0)
+        obs.finish()
+    same, other = run_dir.with_name("same"), run_dir.with_name("other")
+    found = json.loads(command("diff", run_dir, same, "--json"))
+    assert found["results.steps"] == [2, 3]
+    assert not any(name.startswith("config.") for name in found)
+    assert "config.config.lr  0.1" in command("diff", run_dir, other, status=1)
+    assert json.loads(command("diff", other, same, "--json", status=1))["config.config.lr"] == [
+        0.2,
+        0.1,
+    ]
+    assert "holds no config.json of ours" in refusal("diff", run_dir, run_dir.parent)
+
+
+def test_rm_takes_a_run_with_its_events_and_nothing_else(open_run, finished_run, tmp_path):
+    open_run("other")
+    obs.step(1, loss=1.0)
+    obs.finish()
+    [events] = tools.Stream(finished_run).events()
+    others = events.with_name("events.out.tfevents.1.host.1.0")  # SummaryWriter's
+    others.write_bytes(b"")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").write_text("")
+    (finished_run / "plots").symlink_to(outside)
+    assert command("rm", finished_run) == f"removed {finished_run}\n"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["other"]
+    assert others.exists()
+    assert not events.exists()
+    assert (outside / "kept").exists()
+    command("verify", tmp_path / "out" / "other")
+
+
+def test_rm_refuses_what_lives_and_what_is_no_run_and_then_removes_nothing(finished_run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text('{"run": "mine", "config": {}, "tb_dir": ".."}')
+    (tmp_path / "link").symlink_to(finished_run)
+    journal = finished_run / "metrics.ndjson"
+    for other in (tmp_path / "mine", tmp_path / "link", tmp_path, tmp_path / "nothing", journal):
+        assert python(COMMANDS, "rm", finished_run, other).returncode == 2
+    with living_run(tmp_path / "living"):
+        said = refusal("rm", finished_run, tmp_path / "living" / "out" / "run")
+        assert "is still being written" in said
+    assert verdict(finished_run) == []
+    assert (tmp_path / "mine" / "config.json").exists()
+
+
+def test_rm_does_not_reach_through_a_link_for_the_events(finished_run, tmp_path):
+    [events] = tools.Stream(finished_run).events()
+    events.parent.rename(tmp_path / "elsewhere")
+    events.parent.symlink_to(tmp_path / "elsewhere")
+    command("rm", finished_run)
+    assert (tmp_path / "elsewhere" / events.name).exists()
 
 
 # --- tb -------------------------------------------------------------------------------------------
@@ -461,7 +896,7 @@ def test_tb_starts_tensorboard_on_the_next_free_port_and_ends_it(finished_run, t
 
 
 def test_tb_says_how_to_install_tensorboard_where_it_is_missing():
-    done = python("-I", "-S", COMMANDS, "tb")  # without the installed packages
+    done = python("-E", "-S", COMMANDS, "tb")  # without the installed packages
     assert (done.returncode, done.stdout) == (2, "")
     install = f"{sys.executable} -m pip install tensorboard"
     assert done.stderr == f"observability: TensorBoard is not installed; {install}\n"
@@ -471,7 +906,15 @@ def test_tb_says_when_no_port_is_free():
     with contextlib.ExitStack() as stack:
         for port in range(50_000, 50_100):
             stack.enter_context(busy_port(port))
-        assert "ports 50000 to 50099 are taken" in refusal("tb", "--port", "50000")
+        assert "no free port from 50000 to 50099" in refusal("tb", "--port", "50000")
+
+
+def test_tb_takes_host_and_port_from_the_environment():
+    others = {**os.environ, "TB_HOST": "192.0.2.1", "TB_PORT": "50000"}
+    done = python(COMMANDS, "tb", env=others)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "192.0.2.1 has no free port from 50000" in done.stderr
+    assert "invalid int value: 'x'" in python(COMMANDS, "tb", env={**others, "TB_PORT": "x"}).stderr
 
 
 # --- make -----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,8 @@ def test_an_untouched_script_is_recorded_and_computes_the_same(tmp_path):
     assert [each["loss/train"] for each in seen] == [loss for loss, _ in lines]
     assert [each["lr"] for each in seen] == [0.1, 0.1, 0.05, 0.05, 0.025, 0.025]
     assert [each["grad_norm"] for each in seen[:3]] == pytest.approx([n for _, n in lines[:3]])
-    assert all(each["speed/step_s"] > 0 for each in seen)
+    assert "speed/step_s" not in seen[0]  # what came before it is not known
+    assert all(each["speed/step_s"] > 0 for each in seen[1:])
     [run_dir] = (tmp_path / "out").iterdir()
     manifest = json.loads((run_dir / "run_manifest.json").read_text())
     assert manifest["script"] == "train.py"
@@ -168,6 +170,7 @@ def test_each_of_several_optimizers_has_a_curve_of_its_own(tmp_path):
         ("raise RuntimeError('out of luck')", 1, "failed: RuntimeError"),
         ("sys.exit(3)", 3, "failed: SystemExit"),
         ("sys.exit()", 0, "completed"),
+        ("open('missing')", 1, "failed: FileNotFoundError"),
     ],
 )
 def test_a_script_ends_as_it_would_have(tmp_path, end, code, status):
@@ -195,5 +198,20 @@ def test_a_script_with_call_sites_keeps_its_own_run(tmp_path):
     own = "import observability as obs\nobs.init('own')\n" + PLAIN.replace("assert", "#", 1)
     done = run(tmp_path, own + "obs.step(loss=0.5)")
     assert done.returncode == 0, done.stderr
-    assert "the script has its own call sites" in done.stderr
+    assert "it has call sites of its own" in done.stderr
     assert [each["loss/train"] for each in metrics(tmp_path)] == [0.5]
+
+
+def test_a_script_that_imports_us_finds_the_copy_that_records(tmp_path):
+    (tmp_path / "observability.py").write_text("raise ImportError('another copy')")
+    done = run(tmp_path, PLAIN + "import observability\nprint(observability.current_run().steps)")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "6"
+
+
+def test_a_script_runs_in_any_folder_and_with_ours_off(tmp_path):
+    (tmp_path / "train.py").write_text(PLAIN)
+    elsewhere = {"cwd": "/", "env": {**os.environ, "OBS_DISABLE": "1"}}
+    done = python(MAINRUN / "observability.py", "run", tmp_path / "train.py", **elsewhere)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "out").exists()
