@@ -332,7 +332,7 @@ class JournalCheck:
 
     def __init__(self, stream: Stream) -> None:
         self.name, self.shards = stream.filename, obs.shards(*stream)
-        self.records = self.last = 0  # how many there are, and the highest number
+        self.records = self.first = self.last = 0  # how many there are, and their numbers
         self.steps = array.array("q", [0])  # of the train records, by number
         self.resumes: list[dict[str, Any]] = []  # their tags
         self.torn = ""  # where a line stands that the next one has to explain
@@ -369,8 +369,11 @@ class JournalCheck:
             yield f"{where}: not the line that was written"
 
     def _event(self, line: bytes) -> str:
-        tags = (obs.parse_line(line) or {"tags": {}})["tags"]
-        if tags.get("event") == "resume":
+        record = obs.parse_line(line) or {"seq": 0, "tags": {}}
+        tags = record["tags"]
+        if tags.get("parent"):  # a fork, which may go on with the numbers of that run
+            self.first = record["seq"]
+        elif tags.get("event") == "resume":
             self.resumes.append(tags)
         return str(tags.get("event"))
 
@@ -398,6 +401,7 @@ class JournalCheck:
             self._reach(last + 1)
             self.steps.append(last_step + 1)
         absent = [seq for seq, step in enumerate(self.steps) if step == self.ABSENT]
+        absent = [seq for seq in absent if seq > self.first]
         for _, group in itertools.groupby(enumerate(absent), lambda pair: pair[1] - pair[0]):
             numbers = [seq for _, seq in group]
             yield self._gap(numbers[0], numbers[-1])
@@ -469,7 +473,7 @@ class StreamCheck:
 
     def _in_events(self) -> Iterator[str]:
         results = self.documents.get("results.json", {})
-        ended = results.get("records", 0) >= self.journal.last and not self.alive
+        ended = results and results["records"] >= self.journal.last and not self.alive
         if ended and self.journal.torn:
             yield f"{self.journal.torn}: a torn line, though the run had ended"
         sizes = self._noted_sizes(results["files"] if ended else {})

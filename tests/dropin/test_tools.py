@@ -396,6 +396,21 @@ def test_steps_may_be_any_number(tmp_path):
     assert verdict(tmp_path / "run") == []
 
 
+def test_a_fork_may_go_on_with_the_numbers_of_its_parent(tmp_path):
+    journal = make_journal(tmp_path / "run", [])
+    fork = {"event": "resume", "parent": "out/other", "supersedes_from": 99, "events": {}}
+    lines = [line_of(100, 50, phase="event", **fork), line_of(101, 51, phase="train")]
+    journal.write_bytes(b"".join(lines))
+    assert verdict(tmp_path / "run") == []
+    journal.write_bytes(b"".join([*lines, line_of(103, 53, phase="train")]))
+    assert verdict(tmp_path / "run") == ["metrics.ndjson: record 102 is missing, step 52"]
+
+
+def test_a_run_killed_before_its_first_record_is_whole(tmp_path):
+    make_journal(tmp_path / "run", []).write_bytes(b"")
+    assert verdict(tmp_path / "run") == []
+
+
 def test_neighbours_in_the_other_order_are_no_damage_and_doubles_are(tmp_path):
     journal = make_journal(tmp_path / "run", range(1, 11))
     lines = journal.read_bytes().splitlines(keepends=True)
