@@ -114,10 +114,17 @@ train() {
   mkdir -p "$STAGE_OUT" && touch "$STAGE_OUT/done"
 }
 
-# What was recorded by a run that ended before its first checkpoint does not belong to the next one.
+# A run that ended before its first checkpoint gives its name free: no other one may have its events.
 set_aside() {
-  ! compgen -G "$STAGE_OUT/metrics.*" >/dev/null ||
-    mv "$STAGE_OUT" "$STAGE_OUT.unsaved-$(date +%s)-$$"
+  [[ ! -e $STAGE_OUT/.lock ]] || ask 'run = pathlib.Path(sys.argv[1])
+aside = f"{run.name}.unsaved-{time.time_ns()}"
+try:
+  home = obs.RunDirectory.reopen(run)
+  there = home.tb_dir.with_name(aside)
+  if home.tb_dir.exists(): home.tb_dir.rename(there)
+  home.save_config({"run": aside, "tb_dir": os.path.relpath(there, run)})
+except (OSError, obs.DamageError): pass  # it was killed at its very beginning
+run.rename(run.with_name(aside))' "$STAGE_OUT"
 }
 
 # Behind, because bash lets a signal wait until the command in front has ended.
@@ -153,7 +160,7 @@ except obs.CheckpointError as error: sys.exit(f"pipeline: {error}")' "$1"
 }
 
 is_alive() { ask 'sys.exit(not obs.alive(pathlib.Path(sys.argv[1])))' "$1"; }
-ask() { PYTHONPATH=$MAINRUN "$PYTHON" -c "import pathlib, sys; import observability as obs
+ask() { PYTHONPATH=$MAINRUN "$PYTHON" -c "import os, pathlib, sys, time; import observability as obs
 $1" "$2" 9>&-; }
 
 # --- TensorBoard and messages ---------------------------------------------------------------------

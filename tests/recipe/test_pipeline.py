@@ -18,6 +18,7 @@ import torch
 from conftest import MAINRUN, read_json
 
 import observability as obs
+from observability_tools import verify
 
 PIPELINE = MAINRUN / "pipeline" / "pipeline.sh"
 STAGES = ["pretrain", "sft", "dpo", "r1"]
@@ -134,11 +135,11 @@ def test_an_unknown_option_is_refused_and_help_is_given(place):
     assert "--skip-pretrain" in place.run("--help").stdout
 
 
-def test_records_of_a_run_without_a_checkpoint_are_set_aside(place):
-    dies = 'mkdir "$STAGE_OUT" && touch "$STAGE_OUT/metrics.ring" && kill -9 $$'
-    assert place.run(PRETRAIN=dies).returncode == 137
-    assert place.run(PRETRAIN=f'[ ! -e "$STAGE_OUT" ] && {{ {SHORT}; }}').returncode == 0
-    assert len(list(place.out.glob("pretrain.unsaved-*/metrics.ring"))) == 1
+def test_a_stage_that_left_no_run_begins_in_the_directory_that_it_had(place):
+    keeps = 'mkdir -p "$STAGE_OUT"; echo "$STAGE" >> "$STAGE_OUT/own"'
+    assert place.run(PRETRAIN=f"{keeps}; exit 1").returncode == 1
+    assert place.run(PRETRAIN=f"{keeps}; {SHORT}").returncode == 0
+    assert (place.out / "pretrain" / "own").read_text() == "pretrain\n" * 2
 
 
 def test_a_stage_that_is_being_trained_is_left_alone(place, open_run):
@@ -253,6 +254,25 @@ def test_a_killed_stage_goes_on_from_the_newest_whole_checkpoint_to_the_same_wei
     assert f"dpo goes on from {older}" in done.stdout
     assert len(list(checkpoints.glob(f".corrupt-{damaged.name}-*"))) == 1
     assert bits(place.out / "dpo_16.pth") == bits(example.out / "dpo_16.pth")
+
+
+def test_a_stage_killed_before_its_first_checkpoint_begins_anew_under_its_name(example, place):
+    place.environment |= {**example.environment, "OUT_DIR": str(place.out), "STAGES": "pretrain"}
+    place.environment["TF_DIR"] = str(place.folder / "tb")
+    for interval, come in (("1000", "metrics.ndjson"), ("1", "checkpoints/step_0000001*")):
+        with place.start(SAVE_INTERVAL=interval) as pipeline:
+            wait_for(lambda come=come: list((place.out / "pretrain").glob(come)))
+            kill_the_stage(pipeline.pid)
+            assert pipeline.wait(60) == 137
+    done = place.run()
+    assert done.returncode == 0, done.stderr
+    assert "pretrain goes on from" in done.stdout
+    assert bits(place.out / "pretrain_16.pth") == bits(example.out / "pretrain_16.pth")
+    [aside] = [path for path in place.out.iterdir() if ".unsaved-" in path.name]
+    assert {path.name for path in (place.folder / "tb").iterdir()} == {"pretrain", aside.name}
+    for run in (place.out / "pretrain", aside):
+        assert verify(run)["damage"] == []
+        assert Path(run, read_json(run / "config.json")["tb_dir"]).resolve().name == run.name
 
 
 def kill_the_stage(pipeline: int) -> None:
