@@ -454,8 +454,10 @@ class Run:
 
     def finish(self, /, status: str = "completed", **results: Any) -> None:
         """Write out what is left, results.json too, and close; a second call does nothing."""
-        checkpointer, self._checkpointer = self._checkpointer, None
         completed = not status.startswith(("failed", "unfinished", "signal", "superseded"))
+        if completed and self._state == "waiting":
+            self._records("step")  # or all that is held would be lost
+        checkpointer, self._checkpointer = self._checkpointer, None
         if checkpointer is not None:
             fenced(checkpointer.finish)(completed)
         if self._state == "open":
@@ -538,7 +540,7 @@ class Run:
         facts = {"status": status, **self.recorder.close(status, self.global_step)}
         if self.home is None:
             return None
-        if not completed and not self.recorder.has_metrics:
+        if not completed and not self.curve.recorded:
             return self.home.discard()  # a start that failed leaves no empty run behind
         facts |= {"steps": self.steps, "last_step": self.global_step, **self.curve.results()}
         self.home.save_results(facts, results)
@@ -901,7 +903,6 @@ class Recorder:
 
     def __init__(self, settings: Settings, rank: int, curve: Curve) -> None:
         self.seq, self.rank = 0, rank
-        self.has_metrics = False
         self._settings, self._curve = settings, curve
         self._degraded: dict[str, str] = {}  # what broke, and how
         self._journal: Journal | None = None
@@ -997,18 +998,26 @@ class Recorder:
     # To the sinks, by a thread of its own.
 
     def _run_timer(self, tick: Callable[[float], None]) -> None:
-        sampler, sample_at = SystemSampler(self._settings.gpu), 0.0
+        sampler = SystemSampler(self._settings)
         interval = min(max(0.001, self._settings.drain_interval), 3600.0)
         while not self._stop.wait(interval):
             now = time.monotonic()
-            if self._settings.system_interval > 0 and sample_at <= now:
-                sample_at = now + self._settings.system_interval
-                self.record("system", self._curve.last_step, sampler.sample())
-            for job in (self.land, self.drain, self._keep_journal, functools.partial(tick, now)):
+            jobs: dict[str, Callable[[], None]] = {
+                "the system record": functools.partial(self._sample, sampler, now),
+                "what comes from the device": self.land,
+                "the journal": self._keep_journal,
+                "what the sinks get": self.drain,
+                "the upkeep": functools.partial(tick, now),
+            }
+            for what, job in jobs.items():
                 try:
                     job()
                 except Exception as error:  # a device, a disk: the timer must outlive both
-                    self.degrade("the timer", error)
+                    self.degrade(what, error)
+
+    def _sample(self, sampler: SystemSampler, now: float) -> None:
+        if sampler.is_due(now):
+            self.record("system", self._curve.last_step, sampler.sample())
 
     def _keep_journal(self) -> None:
         if self._journal is not None:
@@ -1030,8 +1039,13 @@ class Recorder:
             try:
                 sink.write(records)
             except Exception as error:  # a full disk, a stranger's package: the others go on
-                self._sinks.remove(sink)
                 self.degrade(type(sink).__name__, error)
+                self._let_go(sink)
+
+    def _let_go(self, sink: Sink) -> None:
+        self._sinks.remove(sink)
+        with contextlib.suppress(Exception):  # a stranger's close; the journal is written
+            sink.close()
 
     def degrade(self, what: str, error: Exception) -> None:
         if what not in self._degraded:
@@ -1054,15 +1068,14 @@ class Recorder:
         self._stop.set()
         if self._timer is not None:
             self._timer.join(max(0.0, deadline - time.monotonic()))
-        self.has_metrics = self._curve.recorded or any(form.names for form, *_ in self._queue)
         self.event("finish", step, status=status, lost=lost, degraded=", ".join(self._degraded))
         if self._timer is None or not self._timer.is_alive():  # else a sink hangs
             self.drain()
-            while self._sinks:
-                with contextlib.suppress(Exception):  # a stranger's close; the journal is written
-                    self._sinks.pop().close()
+            for sink in list(self._sinks):
+                self._let_go(sink)
         if self._journal is not None:
             lost += self._journal.close()
+        self._curve.recorded = self._curve.recorded or bool(self._queue)
         return {"lost_records": lost, "degraded": self._degraded, "records": self.seq}
 
 
@@ -1179,10 +1192,9 @@ class Journal:
 
     def retry(self) -> None:
         """Write what waits; a file that somebody cut or took away is gone on with all the same."""
-        if not self._path.exists():
-            warn_once(f"{self._path} was removed; it is begun anew")
-            self._before.append(self._fd)
-            self._fd, self._size, self._began = self._open()
+        if self._is_gone():
+            warn_once(f"{self._path} was removed or replaced; it is gone on with as it is now")
+            self._begin_file()
         waiting, self._waiting = self._waiting, deque()
         if waiting and os.fstat(self._fd).st_size != self._size:
             waiting.appendleft(b"\n")  # its torn line is given up
@@ -1190,6 +1202,17 @@ class Journal:
             self.write(line)
         if 0 < self._settings.shard_age < time.time() - self._began and self._size:
             self._next_shard()
+
+    def _is_gone(self) -> bool:
+        try:
+            return not os.path.samestat(os.stat(self._path), os.fstat(self._fd))
+        except FileNotFoundError:
+            return True
+
+    def _begin_file(self) -> None:
+        before = self._fd
+        self._fd, self._size, self._began = self._open()
+        self._before.append(before)  # only now: sync() closes it
 
     def sync(self, now: float) -> None:
         """So that a power cut costs at most two seconds."""
@@ -1201,11 +1224,11 @@ class Journal:
             os.fsync(self._fd)
 
     def _next_shard(self) -> None:
-        number = len(shards(self._path.parent, self._path.name))
+        older = shards(self._path.parent, self._path.name)[:-1]
+        number = 1 + (int(older[-1].stem.rpartition(".")[2]) if older else 0)
         with contextlib.suppress(OSError):  # it goes on in the old file
             os.rename(self._path, self._path.with_suffix(f".{number:04d}{self._path.suffix}"))
-            self._before.append(self._fd)
-            self._fd, self._size, self._began = self._open()
+            self._begin_file()
 
     def close(self) -> int:
         """Returns how many lines found no place."""
@@ -1450,8 +1473,10 @@ class TensorBoard:
         return record.form.event(len(step)).encode(record.wall, step, record.values)
 
     def close(self) -> None:
-        self.write([])
-        os.close(self._fd)
+        try:
+            self.write([])
+        finally:
+            os.close(self._fd)
 
 
 def event_files(directory: Path) -> dict[str, int]:
@@ -1729,8 +1754,10 @@ def safe_name(name: object) -> str:
 def shards(run_dir: str | Path, filename: str = "metrics.ndjson") -> list[Path]:
     """The files of a journal, the oldest first."""
     current = Path(run_dir) / filename
-    older = Path(run_dir).glob(f"{current.stem}.[0-9][0-9][0-9][0-9]*{current.suffix}")
-    return [*sorted(older), *([current] if current.exists() else [])]
+    found = {p: p.stem.rpartition(".") for p in current.parent.glob(f"*{current.suffix}")}
+    found = {p: s for p, s in found.items() if s[0] == current.stem and s[2].isdecimal()}
+    older = sorted(found, key=lambda path: int(found[path][2]))
+    return [*older, *([current] if current.exists() else [])]
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
@@ -1756,7 +1783,7 @@ def read_run(
     *,
     superseded: bool = False,
     damage: list[str] | None = None,
-    after: int = 0,
+    after: int = -1,
     until: int = sys.maxsize,
 ) -> Iterator[dict[str, Any]]:
     """The records of a run in their order, without those that a resume has made again.
@@ -1774,7 +1801,7 @@ def read_run(
     resumes = [] if superseded else list(_resumes(paths))
     for path, number, line in _lines(paths):
         head = _HEAD.match(line)
-        if head and int(head[1]) > SCHEMA:
+        if head and int(head[1]) > SCHEMA and (parse_line(line) or b',"crc":' not in line):
             raise RunError(
                 f"{path} has schema {int(head[1])}, this file knows up to {SCHEMA}; "
                 "use the observability.py that wrote it"
@@ -1915,9 +1942,14 @@ def proc(name: str) -> str:
 class SystemSampler:
     """Seconds, bytes and percent, of this process and of its host. Never waits for a device."""
 
-    def __init__(self, gpu: bool) -> None:
-        self._wants_gpu, self._nvml = gpu, None
+    def __init__(self, settings: Settings) -> None:
+        self._interval, self._wants_gpu = settings.system_interval, settings.gpu
+        self._nvml: Any = None
+        self._sampled_at = -math.inf
         self._before = self._clocks()
+
+    def is_due(self, now: float) -> bool:
+        return 0 < self._interval <= now - self._sampled_at
 
     @staticmethod
     def _clocks() -> list[float]:
@@ -1927,6 +1959,7 @@ class SystemSampler:
 
     def sample(self) -> dict[str, float]:
         before, self._before = self._before, self._clocks()
+        self._sampled_at = self._before[0]
         wall, own, ticks, idle = (now - then for now, then in zip(self._before, before))
         facts = {"cpu_seconds": self._before[1], "cpu_percent": 100 * own / max(wall, 1e-9)}
         if ticks:
@@ -2992,44 +3025,64 @@ def find_plan(run: Run, wish: str) -> Plan | None:
         path = Path(wish)
         if (path / "config.json").exists():
             return plan_of(path) or no_checkpoint(path)
-        if checkpoints(path) or (path / "state.json").exists():
+        if (path / "state.json").exists():
             return Plan(None, path)
-        return no_checkpoint(path)
-    for member in members(out, family):
+        return fork_from(path) or no_checkpoint(path)
+    family_runs = members(out, family)
+    for member in family_runs:
         if alive(member):
             raise RunError(f"{member} is being written by {writer_of(member)}; wait for its end")
+    for member in family_runs:
         if (plan := plan_of(member)) is not None:
             return plan
         say(f"{member} holds no checkpoint; it is left as it is")
-    given = script_dir() / run.saving.ckpt_dir
+    if not run.saving.ckpt_dir:
+        return None
     # Of another tool, or of a run whose directory is gone.
-    return Plan(None, given) if run.saving.ckpt_dir and checkpoints(given) else None
+    known = [config["id"] for _, config in runs_in(out)]
+    return fork_from(script_dir() / run.saving.ckpt_dir, known)
 
 
 def no_checkpoint(path: Path) -> Plan:
     raise CheckpointError(f"{path} holds no checkpoint; give the directory of a run or of a step")
 
 
-def members(out: Path, family: str) -> Iterator[Path]:
+def fork_from(source: Path, known: Sequence[str] = ()) -> Plan | None:
+    """A new run, from the newest checkpoint in a directory that is of no known run."""
+    found = [state.get("run_id", "") for _, state in checkpoints(source)]
+    ids = [run_id for run_id in found if run_id not in known]
+    return Plan(None, source, next(filter(None, ids), "")) if ids else None
+
+
+def runs_in(out: Path, family: str = "") -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The runs there, or those that may be of a family, each with its config.json.
+
+    Raises DamageError, OSError.
+    """
+    pattern = re.compile(rf"{re.escape(family)}(-\d+)?" if family else ".*")
+    for path in out.iterdir() if out.is_dir() else ():
+        # By its manifest: the script's own folders may lie there too, with a config.json.
+        if pattern.fullmatch(path.name) and (path / "run_manifest.json").exists():
+            yield path, read_sealed(path / "config.json")
+
+
+def members(out: Path, family: str) -> list[Path]:
     """The runs of that name, or without one of this script, the newest first.
 
-    Raises CheckpointError where the newest is another script's.
+    Raises CheckpointError where one is another script's, DamageError, OSError.
     """
     found = []
     script = os.path.relpath(script_path(), out)
-    for path in out.iterdir() if out.is_dir() else ():
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            config = read_sealed(path / "config.json")
-            if config["family"] == family if family else config["script"] == script:
-                number = path.name.removeprefix(family).removeprefix("-") if family else ""
-                order = (int(number) if number.isdecimal() else 0, config["created"], path.name)
-                found.append((order, path, config["script"]))
-    for _, path, its in sorted(found, reverse=True):
-        if its != script:
-            raise CheckpointError(
-                f"{path} is a run of {its}, this script is {script}; give the run another name"
-            )
-        yield path
+    for path, config in runs_in(out, family):
+        if config["family"] == family if family else config["script"] == script:
+            if config["script"] != script:
+                raise CheckpointError(
+                    f"{path} is a run of {config['script']}, this script is {script}; "
+                    "give the run another name"
+                )
+            number = path.name.removeprefix(family).removeprefix("-") if family else ""
+            found.append((config["created"], int(number or 0), path))
+    return [path for *_, path in sorted(found, reverse=True)]
 
 
 def plan_of(run_dir: Path) -> Plan | None:
@@ -3120,18 +3173,14 @@ def load_newest(plan: Plan, watched: Watched) -> tuple[Path, dict[str, Any], dic
     if (plan.source / "state.json").exists():
         return plan.source, *restore(plan.source, watched)
     for path, state in checkpoints(plan.source):
-        if plan.run_id and state.get("run_id", plan.run_id) != plan.run_id:
+        if state.get("run_id", plan.run_id) != plan.run_id:
             continue
         try:
             return path, *restore(path, watched)
         except DamageError as error:
-            aside = path.with_name(f".corrupt-{path.name}-{time.time_ns()}")
-            if plan.run_dir is not None:  # else it is another run's, and not ours to touch
-                os.rename(path, aside)
-            say(
-                f"checkpoint {path} is damaged ({error}); set aside as {aside.name}, "
-                "the next older one is taken"
-            )
+            say(f"checkpoint {path} is damaged ({error}); the next older one is taken")
+            if plan.run_dir == plan.source.parent:  # else it may be another run's
+                os.rename(path, path.with_name(f".corrupt-{path.name}-{time.time_ns()}"))
     raise CheckpointError(
         f"no checkpoint in {plan.source} is whole; restore one from a backup, or "
         "remove them to start again at step 0"

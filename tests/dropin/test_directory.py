@@ -405,3 +405,17 @@ def test_nothing_is_left_open_by_a_run_that_is_finished(open_run, tiny_model):
     wait_until(lambda: len(obs.shards(run.dir)) > 3)
     obs.finish()
     assert not [name for name in files() if str(run.dir.parents[1]) in name]
+
+
+# --- Beside another script's run ------------------------------------------------------------------
+
+
+def test_a_script_that_never_asks_to_resume_is_recorded_all_the_same(tmp_path):
+    """As a pipeline's evaluation is, with OBS_RESUME=auto for all of its stages."""
+    run_script(tmp_path, RESUMED, init="'run', save_interval=1")
+    before = tree(tmp_path / "out/run")
+    done = run_script(tmp_path, "obs.validation(0.25)\nobs.finish()", OBS_RESUME="auto")
+    assert "never calls resume()" in done.stderr
+    [record] = records(tmp_path / "out/run-2", "eval")
+    assert record["metrics"] == {"loss/val_step": 0.25}
+    assert tree(tmp_path / "out/run") == before
