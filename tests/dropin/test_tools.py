@@ -14,8 +14,8 @@ import socket
 import subprocess
 import sys
 import time
-import zlib
 import urllib.request
+import zlib
 from pathlib import Path
 
 import pytest
