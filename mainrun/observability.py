@@ -2906,7 +2906,9 @@ def unwatched_state(watched: Watched, things: Mapping[str, Any]) -> Iterator[tup
             continue
         for path, generator in generators_of(name, thing):
             if not any(generator is known for known in watched["generator"]):
-                yield f"`{path}`", generator_state(generator), f"add watch(generator={path})"
+                state = generator_state(generator)
+                state = state if isinstance(state, str) else state.tolist()
+                yield f"`{path}`", state, f"add watch(generator={path})"
 
 
 def hidden_state(watched: Watched) -> Iterator[tuple[str, Any, str]]:
@@ -3647,59 +3649,51 @@ def numpy_types() -> list[Any]:
     return [*makers, *kinds, numpy.dtype, numpy.ndarray]
 
 
-def rng_state(generators: Iterable[Any]) -> dict[str, Any]:
+def rng_state(generators: Sequence[Any]) -> dict[str, Any]:
     """Every generator a loop draws from, in types that `weights_only` loads. Draws nothing."""
+    state = {name: generator_state(each) for name, each in global_generators().items()}
     torch = torch_module()
-    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if numpy := sys.modules.get("numpy"):
-        kind, keys, *rest = numpy.random.get_state()
-        state["numpy"] = (kind, keys.tolist(), *rest)
     if torch.cuda.is_initialized():  # the host's record of seed and offset: no wait for the device
         state["cuda"] = torch.cuda.get_rng_state()
     return {**state, "own": [generator_state(each) for each in generators]}
 
 
 def set_rng_state(state: Mapping[str, Any], generators: Sequence[Any]) -> None:
-    torch = torch_module()
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    torch.set_rng_state(state["torch"])
-    if "numpy" in state and (numpy := sys.modules.get("numpy")):
-        numpy.random.set_state(tuple(state["numpy"]))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    for name, generator in global_generators().items():
+        if name in state:
+            set_generator_state(generator, state[name])
+    if "cuda" in state and torch_module().cuda.is_available():
+        torch_module().cuda.set_rng_state(state["cuda"])
     for generator, own in zip(generators, state.get("own", ())):
         set_generator_state(generator, own)
 
 
+def global_generators() -> dict[str, Any]:
+    found = {"python": random, "torch": torch_module().default_generator}
+    return found | ({"numpy": numpy.random} if (numpy := sys.modules.get("numpy")) else {})
+
+
 def generator_state(generator: Any) -> Any:
-    """Of torch's a tensor; of numpy's and Python's plain values."""
-    if hasattr(generator, "bit_generator"):
-        return to_plain(generator.bit_generator.state)
+    """Of torch's a tensor; of numpy's and Python's a text, whose thousand numbers are one value."""
     if hasattr(generator, "getstate"):
-        return generator.getstate()
+        return json.dumps(generator.getstate())
+    if not hasattr(generator, "get_state"):
+        return json.dumps(generator.bit_generator.state, default=lambda array: array.tolist())
     state = generator.get_state()
-    return state.tolist() if hasattr(state, "untyped_storage") else to_plain(state)
-
-
-def to_plain(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: to_plain(value) for key, value in tree.items()}
-    if isinstance(tree, tuple):
-        return tuple(to_plain(value) for value in tree)
-    return tree.tolist() if hasattr(tree, "tolist") else tree
+    if hasattr(state, "untyped_storage"):
+        return state
+    return json.dumps(state, default=lambda array: array.tolist())
 
 
 def set_generator_state(generator: Any, state: Any) -> None:
-    if hasattr(generator, "bit_generator"):
-        generator.bit_generator.state = state
-    elif hasattr(generator, "getstate"):
-        generator.setstate((state[0], tuple(state[1]), state[2]))
-    elif hasattr(generator, "initial_seed"):
-        torch = torch_module()
-        generator.set_state(torch.tensor(state, dtype=torch.uint8))
+    state = json.loads(state) if isinstance(state, str) else state
+    if hasattr(generator, "getstate"):
+        version, words, gauss = state
+        generator.setstate((version, tuple(words), gauss))
+    elif hasattr(generator, "get_state"):
+        generator.set_state(tuple(state) if isinstance(state, list) else state)
     else:
-        generator.set_state(state)
+        generator.bit_generator.state = state
 
 
 def scaler_state(scaler: Any) -> dict[str, Any]:
