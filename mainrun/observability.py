@@ -548,7 +548,7 @@ class Run:
             say(f"at the end of the run these were off: {', '.join(facts['degraded'])}")
         say(f"{status} at step {self.global_step}: {self.dir}")
         self.home.unlock()
-        return self.home.plot() if self.settings.plot_interval > 0 else None
+        return self.home.plot(last=True) if self.settings.plot_interval > 0 else None
 
 
 class Pace:
@@ -827,6 +827,7 @@ if hasattr(os, "register_at_fork"):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The commands, which are a file of their own."""
+    sys.path.append(str(Path(__file__).resolve().parent))
     try:
         import observability_tools as tools
     except ModuleNotFoundError:
@@ -940,7 +941,9 @@ class Recorder:
         self.record("event", resumed["global_step"] if resumed else 0, {}, **tags)
         for phase, step, metrics, others in held or ():
             self.record(phase, step, metrics, **others)
-        self._timer = threading.Thread(target=self._run_timer, args=[tick], daemon=True)
+        self._timer = threading.Thread(
+            target=self._run_timer, name="observability", args=[tick], daemon=True
+        )
         self._timer.start()
 
     def event(self, event: str, step: int, **facts: Any) -> None:
@@ -1638,22 +1641,22 @@ class RunDirectory:
 
     def tick(self, now: float, plot_interval: float) -> None:
         # Asked at init, the name of the device would start CUDA before the script does.
-        known = numerics()["device"] if "torch" in sys.modules else None
-        if known != self.manifest.get("device"):
-            self.manifest["device"] = known
+        known = numerics() if "torch" in sys.modules else {}
+        if known.get("device") != self.manifest.get("device"):
+            self.manifest |= known
             self.save("run_manifest.json", self.manifest)
         if 0 < plot_interval <= now - self._plotted:
             self._plotted = now
             self.plot()
 
-    def plot(self) -> None:
+    def plot(self, *, last: bool = False) -> None:
         """By a process of its own at the lowest priority: a thread would hold the loop's GIL."""
         import importlib.util
         import subprocess
 
         tools = Path(__file__).with_name("observability_tools.py")
         busy = self._plotting is not None and self._plotting.poll() is None
-        if busy or not tools.exists() or not importlib.util.find_spec("matplotlib"):
+        if (busy and not last) or not tools.exists() or not importlib.util.find_spec("matplotlib"):
             return
         nowhere = subprocess.DEVNULL
         command = [sys.executable, str(tools), "plot", str(self.path)]
@@ -1831,6 +1834,8 @@ def _lines(paths: Sequence[Path]) -> Iterator[tuple[Path, int, bytes]]:
         with open_regular(path) as file:
             for number, line in enumerate(iter(lambda: file.readline(_LINE), b""), 1):
                 yield path, number, line
+                if len(line) == _LINE:  # no journal of ours
+                    break
 
 
 # --- Facts about the run --------------------------------------------------------------------------
@@ -1871,14 +1876,17 @@ def manifest() -> dict[str, Any]:
     script = script_path()
     locks = (d / name for d in script.parents for name in ("uv.lock", "uv.lock.json"))
     lock = next((lock for lock in locks if lock.is_file()), None)
-    loaded = [(name, vars(module).get("__version__")) for name, module in [*sys.modules.items()]]
+    # By its dict: to ask a lazy module for an attribute might import what it stands for.
+    modules = {name: getattr(module, "__dict__", {}) for name, module in [*sys.modules.items()]}
+    loaded = [(name, of.get("__version__")) for name, of in modules.items()]
+    known = {name: of for name, of in os.environ.items() if _ENVIRONMENT.fullmatch(name)}
     return {
         "schema": SCHEMA,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "git_sha": git_commit(),
         "lock_sha256": lock and sha256(lock),
-        "env": {k: v for k, v in sorted(os.environ.items()) if _ENVIRONMENT.fullmatch(k)},
+        "env": {**dict.fromkeys(("PYTHONHASHSEED", "CODEX_AUDIT", "CODEX_DDP")), **known},
         "script": script.name,
         "script_sha256": sha256(script) if script.is_file() else None,
         "command_line": redacted_arguments(sys.argv),
@@ -2430,9 +2438,10 @@ class Checkpointer:
             self._first_step()
         if not (self.wanted or self.signals.number or self.policy.due(run.steps)):
             return None
-        self.wanted = True
-        exact = loop.epoch is None or loop.batches > 0
-        return self._save_now() if exact else None
+        if loop.epoch is None or loop.batches > 0:
+            return self._save_now()
+        self.wanted = True  # the end of the epoch is the next exact place
+        return None
 
     def before_batch(self) -> int | None:
         exact = self.wanted and self._point is None and self._loop.batches > 0
@@ -2462,6 +2471,8 @@ class Checkpointer:
     @fenced
     def _save_now(self, *, ended: bool = False, fetched: int = 0) -> int | None:
         number = self.signals.number
+        if self.wanted:  # by the script, or for the best weights so far; else it may be skipped
+            self.settle()
         self.save(ended=ended, fetched=fetched, wait=bool(number))
         return number
 
