@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.util
 import json
 import os
 import shutil
@@ -12,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MAINRUN, ROOT
+from conftest import MAINRUN, ROOT, python
 
 import observability as obs
+from observability_tools import LogError, parity, read_curve
 
 DEVICES = [
     "cpu",
@@ -28,7 +31,7 @@ DEVICES = [
 
 # Runs the script beside it on a small configuration, and keeps everything a run can end in.
 DRIVER = """
-import os, random, sys
+import os, random, resource, sys
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import torch, train
 torch.set_num_threads(1)
@@ -36,6 +39,7 @@ torch.set_num_threads(1)
 model = train.main(train.Hyperparameters(
     block_size=16, batch_size=8, vocab_size=400, n_layer=2, n_head=2, d_model=32, lr=0.1,
     epochs=3, num_titles=400))
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 random_state = [random.getstate(), torch.get_rng_state()]
 if torch.cuda.is_available():
     random_state.append(torch.cuda.get_rng_state())
@@ -141,27 +145,110 @@ def test_the_comparison_sees_a_single_random_number(tmp_path, unobserved):
     assert not same_bits(drawn[1], unobserved["cpu"][1])
 
 
+@pytest.mark.parametrize("package", ["rich.progress", "datasets", "transformers", "wandb"])
+def test_what_the_script_imports_makes_no_difference(tmp_path, unobserved, package):
+    if importlib.util.find_spec(package.partition(".")[0]) is None:
+        pytest.skip(f"{package} is not installed")
+    write_scripts(tmp_path / "scripts", observed=True, before=f"import {package}")
+    observed = run_scripts(tmp_path / "scripts", tmp_path / "results")
+    assert_equal_runs(observed, unobserved["cpu"])
+
+
+# It draws from each generator that an import might draw from, and imports nothing that does.
+SHUFFLED = """
+import random, sys
+import numpy, torch
+import observability as obs  # observability
+random.seed(5), numpy.random.seed(5), torch.manual_seed(5)
+obs.init("shuffled", config={"lr": 0.1})  # observability
+x, y = torch.randn(64, 4), torch.randn(64, 1)
+model = torch.nn.Linear(4, 1)
+opt = torch.optim.SGD(model.parameters(), lr=0.1)
+obs.watch(model, optimizer=opt)  # observability
+order = list(range(64))
+obs.resume()  # observability
+for epoch in range(2):
+    if obs.skip_epoch(epoch): continue  # observability
+    random.shuffle(order)
+    for at in range(0, 64, 8):
+        if obs.skip_batch(): continue  # observability
+        batch = x[order[at : at + 8]] + 0.1 * float(numpy.random.rand()) * torch.randn(8, 4)
+        loss = (model(batch) - y[order[at : at + 8]]).square().mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        print(loss.item())
+        obs.step(loss=loss, batch=batch)  # observability
+    obs.validation(loss)  # observability
+obs.finish()  # observability
+print(random.getstate(), numpy.random.get_state(), torch.get_rng_state().tolist())
+print(*sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+def run_shuffled(folder: Path, **environment: str) -> list[str]:
+    folder.mkdir()
+    shutil.copy(MAINRUN / "observability.py", folder)
+    shutil.copy(MAINRUN / "observability_tools.py", folder)
+    script = SHUFFLED.splitlines(keepends=True)
+    kept = [line for line in script if environment or not line.endswith("# observability\n")]
+    (folder / "train.py").write_text("".join(kept))
+    done = python(folder / "train.py", env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def shuffled(tmp_path_factory):
+    """What the script prints without us, and in the end what is imported there."""
+    return run_shuffled(tmp_path_factory.mktemp("shuffled") / "scripts")
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"OBS_DRAIN_INTERVAL": "0.01", "OBS_SYSTEM_INTERVAL": "0.01"},
+        {"SAVE_INTERVAL": "1", "OBS_RESUME": "auto"},
+        {"CODEX_MONITORING_ENABLE_GPU": "1", "OBS_PLOT_INTERVAL": "0.01"},
+        {"WANDB_MODE": "offline", "WANDB_SILENT": "true"},
+    ],
+    ids=["plain", "saving", "GPU and plots", "W&B"],
+)
+def test_a_training_that_shuffles_is_the_same_whatever_is_installed(
+    tmp_path, shuffled, environment
+):
+    """rich.style draws from Python's generator when it is imported: nothing of ours may do so."""
+    assert importlib.util.find_spec("rich")
+    observed = run_shuffled(tmp_path / "scripts", **environment)
+    assert observed[:-1] == shuffled[:-1]
+    assert len(list(obs.read_run(tmp_path / "scripts" / "out" / "shuffled"))) > 16
+    imported, elsewhere = (set(each[-1].split()) for each in (observed, shuffled))
+    if "WANDB_MODE" not in environment:  # it brings many a package of its own
+        assert imported - elsewhere - sys.stdlib_module_names == {"observability"}
+
+
 KILL_TIMER = """
-import ctypes, threading, time, observability
+import ctypes, threading, time
 def kill():
-    while observability._run is None:
+    while not (found := [t for t in threading.enumerate() if t.name == "observability"]):
         time.sleep(0.001)
-    ident = observability._run._timer.ident
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(SystemExit))
+    ident = ctypes.c_ulong(found[0].ident)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(SystemExit))
+    found[0].join()
+    print("the timer is dead", file=sys.stderr)
 threading.Thread(target=kill, daemon=True).start()
 """
-LIMIT_FILES = """
-import resource, observability
-resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, resource.RLIM_INFINITY))
-"""
+# The script's own log is 29 kB and the events are 21; the journal would come to 47.
+LIMIT_FILES = "resource.setrlimit(resource.RLIMIT_FSIZE, (35_000, resource.RLIM_INFINITY))"
+FILE_IN_THE_WAY = "open(os.path.dirname(__file__) + '/out', 'w')"
 
 
 @pytest.mark.parametrize(
     ("before", "said"),
     [
-        (KILL_TIMER, ""),
-        (LIMIT_FILES.format(250_000), "the run directory is off"),  # not even the ring fits
-        ("import os; open(os.path.dirname(__file__) + '/out', 'w')", "the run directory is off"),
+        (KILL_TIMER, "the timer is dead"),
+        (LIMIT_FILES, "metrics.ndjson cannot be written"),
+        (FILE_IN_THE_WAY, "the run directory is off"),
     ],
     ids=["killed timer", "no room", "a file in the way"],
 )
@@ -190,16 +277,34 @@ def mounted(tmp_path):
     subprocess.run(["umount", "-q", folder], check=False)
 
 
-@pytest.mark.parametrize("case", ["full from the start", "full in mid-run", "read-only"])
-def test_a_run_on_a_bad_disk_is_still_equal(tmp_path, unobserved, mounted, case):
-    room = {"full from the start": "300k", "full in mid-run": "632k", "read-only": "4m"}[case]
-    folder = mounted(f"size={room}")
+@pytest.mark.parametrize(
+    ("room", "said"),
+    [
+        (0, "config.json cannot be written"),
+        (40_000, "metrics.ndjson cannot be written"),
+        (None, "the run directory is off"),
+    ],
+    ids=["full from the start", "full in mid-run", "read-only"],
+)
+def test_a_run_on_a_bad_disk_is_still_equal(tmp_path, unobserved, mounted, room, said):
+    folder = mounted("size=4m")
     write_scripts(folder, observed=True)
-    if case == "read-only":
+    if room is None:
         subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+    else:
+        fill(folder, room)
     observed = run_scripts(folder, tmp_path / "results")
     assert_equal_runs(observed, unobserved["cpu"])
-    assert "is off" in observed[2]
+    assert said in observed[2]
+
+
+def fill(folder: Path, room: int) -> None:
+    """Take all of the space but `room` bytes."""
+    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+    (folder / "filler").write_bytes(bytes(max(0, free - room)))
+    if not room:
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            (folder / "more").write_bytes(b"x")
 
 
 # --- The baseline ---------------------------------------------------------------------------------
@@ -216,13 +321,13 @@ def start_small_run(folder: Path, change: tuple[str, str] | None = None) -> subp
 
 
 def verdict(folder: Path) -> str:
-    baseline = obs.read_curve(ROOT / "tests/baselines/baseline_small.log")
+    baseline = read_curve(ROOT / "tests/baselines/baseline_small.log")
     try:
-        log = obs.read_curve(folder / "log")
-    except obs.LogError:
+        log = read_curve(folder / "log")
+    except LogError:
         return "unfinished"
     about = baseline.about
-    return str(obs.parity(log, baseline, about["tolerance"], about["tolerance_last"])["verdict"])
+    return str(parity(log, baseline, about["tolerance"], about["tolerance_last"])["verdict"])
 
 
 def test_the_small_run_matches_its_baseline_at_every_point(tmp_path):
