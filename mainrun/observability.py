@@ -44,6 +44,7 @@ import atexit
 import contextlib
 import copy
 import ctypes
+import dis
 import errno
 import functools
 import io
@@ -52,6 +53,7 @@ import json
 import linecache
 import math
 import mmap
+import numbers
 import operator
 import os
 import pickle
@@ -84,6 +86,7 @@ __all__ += ["add_arguments", "ended", "finish", "log", "save", "skip_batch", "st
 __all__ += ["latest_ckpt", "read_run"]
 
 SCHEMA = 1
+_IMPORTED = time.time()
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -171,7 +174,7 @@ class Run:
         self.header: dict[str, Any] = {"models": []}  # for config.json
         self.watched: dict[str, list[Any]] = {kind: [] for kind in KINDS}
         self.curve = Curve()
-        self.recorder = Recorder(self.settings, process_rank(), self.curve)
+        self.recorder = Recorder(self.settings, process_place()[0], self.curve)
         self.listeners: list[Any] = []
         self.optimizers = OptimizerHooks()
         self._pace = Pace()
@@ -214,6 +217,8 @@ class Run:
         except (OSError, RunError) as error:
             self.recorder.degrade("the run directory", error)
         self.recorder.open(self.home, tags, resumed, self._tick)
+        if self._checkpointer is not None:
+            self._checkpointer.tell_ranks()
         atexit.register(self._at_exit)
         say(f"{event} at step {self.global_step}: recording in {self.dir}")
 
@@ -299,6 +304,7 @@ class Run:
         if not checkpointer.completed:
             return self._open(state)
         self._state = "passing"
+        fenced(checkpointer.tell_ranks)()
         return say(f"{self.dir} has completed at step {self.global_step}; it is left unchanged")
 
     def step(
@@ -477,9 +483,10 @@ class Run:
                 say(f"{self.dir} had completed, and the script goes on: the rest is another run")
             else:
                 say("the run was to resume, but the script never calls resume(): it begins anew")
-            self.home = None
-            self._checkpointer.begin_anew()
-            self._open()
+            if self.home is not None:
+                self.home.unlock()
+                self.home = None
+            self._open(self._checkpointer.begin_anew())
         return self._state in ("open", "waiting")
 
     def _begin_epoch(self, epoch: int) -> None:
@@ -519,7 +526,7 @@ class Run:
         """In a forked worker: the run is its parent's, and so is the lock that says it lives."""
         self._state = "off"
         if self.home is not None:
-            self.home.unlock()
+            self.home.unlock(forked=True)
         if self._checkpointer is not None:
             self._checkpointer.signals.release(None)
             self._checkpointer = None
@@ -648,12 +655,12 @@ def several(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
-def process_rank() -> int:
-    """By torch.distributed where it is initialised, else RANK."""
+def process_place() -> tuple[int, int]:
+    """Rank and world size: by torch.distributed where it is initialised, else by environment."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        return int(distributed.get_rank())
-    return env_int("RANK", 0)
+        return int(distributed.get_rank()), int(distributed.get_world_size())
+    return env_int("RANK", 0), env_int("WORLD_SIZE", 1)
 
 
 def env_int(name: str, otherwise: int) -> int:
@@ -729,14 +736,14 @@ def resolve_settings(given: Mapping[str, Any]) -> tuple[Settings, SaveSettings]:
         said = _from_arguments.get(name, os.environ.get(f"OBS_{name.upper()}") or other)
         value = said if given.get(name) is None else given[name]
         try:
-            setattr(part, name, getattr(part, name) if value is None else parsed(value, kind))
+            setattr(part, name, getattr(part, name) if value is None else setting_of(value, kind))
         except (TypeError, ValueError):
             warn_once(f"setting {name}={shown(value)} is no {kind.__name__}; the default stands")
     both[0].metrics_filename = safe_name(both[0].metrics_filename) or Settings.metrics_filename
     return both
 
 
-def parsed(value: Any, kind: type) -> Any:
+def setting_of(value: Any, kind: type) -> Any:
     """A setting from an argument or a variable. Raises TypeError, ValueError."""
     if kind is bool and isinstance(value, str):
         return value.lower() not in ("", "0", "false", "no", "off")
@@ -928,9 +935,9 @@ class Recorder:
         """Begin with the event that `tags` tell of; what was held comes after it."""
         held, self._held = self._held, None
         if home is not None:
+            self._journal = Journal(home.journal, self._settings)
             if resumed is not None:
                 self.seq = self._curve.go_on(home.path, resumed)
-            self._journal = Journal(home.journal, self._settings)
             self._add_sink("training.log", lambda: TrainingLog(home.path))
         if self._settings.tensorboard:
             directory = home.tb_dir if home else script_dir() / self._settings.tb_dir / stamp()
@@ -1003,7 +1010,7 @@ class Recorder:
     def _run_timer(self, tick: Callable[[float], None]) -> None:
         sampler = SystemSampler(self._settings)
         interval = min(max(0.001, self._settings.drain_interval), 3600.0)
-        while not self._stop.wait(interval):
+        while True:
             now = time.monotonic()
             jobs: dict[str, Callable[[], None]] = {
                 "the system record": functools.partial(self._sample, sampler, now),
@@ -1017,6 +1024,8 @@ class Recorder:
                     job()
                 except Exception as error:  # a device, a disk: the timer must outlive both
                     self.degrade(what, error)
+            if self._stop.wait(interval):
+                return
 
     def _sample(self, sampler: SystemSampler, now: float) -> None:
         if sampler.is_due(now):
@@ -1664,9 +1673,11 @@ class RunDirectory:
             command, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True
         )
 
-    def unlock(self) -> None:
-        """In a forked worker too: its parent keeps the lock."""
+    def unlock(self, *, forked: bool = False) -> None:
+        """Of a forked worker the parent keeps the lock."""
         if self._lock >= 0:
+            if not forked:
+                os.ftruncate(self._lock, 0)
             os.close(self._lock)
             self._lock = -1
 
@@ -1694,25 +1705,19 @@ def lock_run(path: Path) -> int:
         if time.monotonic() > patience:
             os.close(fd)
             raise RunError(
-                f"{path.parent} is being written by {writer_of(path.parent)}; wait for "
-                "its end, or give another name"
+                f"{path.parent} is being written by {path.read_text() or 'another process'}; "
+                "wait for its end, or give another name"
             )
         time.sleep(0.02)
+    os.ftruncate(fd, 0)
+    os.write(fd, f"process {os.getpid()} on {platform.node()}".encode())
     return fd
-
-
-def writer_of(run_dir: Path) -> str:
-    with contextlib.suppress(OSError, DamageError, KeyError):
-        facts = read_sealed(run_dir / "run_manifest.json")
-        latest = [facts["started"], *facts.get("resumed", [])][-1]
-        return f"process {latest['pid']} on {latest['host']}"
-    return "another process"
 
 
 def alive(run_dir: str | Path) -> bool:
     """Whether a process is writing this run."""
     try:
-        fd = os.open(Path(run_dir) / ".lock", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(Path(run_dir) / ".lock", os.O_RDONLY)
     except OSError:
         return False
     try:
@@ -1878,7 +1883,8 @@ def manifest() -> dict[str, Any]:
     lock = next((lock for lock in locks if lock.is_file()), None)
     # By its dict: to ask a lazy module for an attribute might import what it stands for.
     modules = {name: getattr(module, "__dict__", {}) for name, module in [*sys.modules.items()]}
-    loaded = [(name, of.get("__version__")) for name, of in modules.items()]
+    installed = {n: of for n, of in modules.items() if "-packages" in str(of.get("__file__"))}
+    loaded = [(name, of.get("__version__")) for name, of in installed.items()]
     known = {name: of for name, of in os.environ.items() if _ENVIRONMENT.fullmatch(name)}
     return {
         "schema": SCHEMA,
@@ -1905,18 +1911,24 @@ def git_commit() -> str | None:
         return given
     with contextlib.suppress(OSError, ValueError, StopIteration):
         git = next(d / ".git" for d in script_path().parents if (d / ".git").exists())
-        if git.is_file():  # a worktree: "gitdir: …"
-            git = git.parent / git.read_text().partition(":")[2].strip()
-        head = (git / "HEAD").read_text().strip()
-        if not head.startswith("ref: "):
-            return head
-        common = git / "commondir"
-        root = git / common.read_text().strip() if common.exists() else git
-        if (root / head[5:]).exists():
-            return (root / head[5:]).read_text().strip()
-        packed = (line.split() for line in (root / "packed-refs").read_text().splitlines())
-        return next(words[0] for words in packed if words[1:] == [head[5:]])
+        commit = head_commit(git)
+        return commit if re.fullmatch("[0-9a-f]{40,64}", commit) else None
     return None
+
+
+def head_commit(git: Path) -> str:
+    """Raises OSError, ValueError, StopIteration for what is no repository with a commit."""
+    if git.is_file():  # a worktree: "gitdir: …"
+        git = git.parent / git.read_text().partition(":")[2].strip()
+    head = (git / "HEAD").read_text().strip()
+    if not head.startswith("ref: "):
+        return head
+    common = git / "commondir"
+    root = git / common.read_text().strip() if common.exists() else git
+    if (root / head[5:]).exists():
+        return (root / head[5:]).read_text().strip()
+    packed = (line.split() for line in (root / "packed-refs").read_text().splitlines())
+    return next(words[0] for words in packed if words[1:] == [head[5:]])
 
 
 def numerics() -> dict[str, Any]:
@@ -1936,7 +1948,7 @@ def numerics() -> dict[str, Any]:
         "matmul_precision": torch.get_float32_matmul_precision(),
         "default_dtype": str(torch.get_default_dtype()),
         "threads": torch.get_num_threads(),
-        "world_size": env_int("WORLD_SIZE", 1),
+        "world_size": process_place()[1],
     }
 
 
@@ -2064,10 +2076,13 @@ def redacted_arguments(arguments: Sequence[str]) -> list[str]:
 
 def to_json(value: Any, name: str = "", above: tuple[int, ...] = ()) -> Any:
     """Anything as strict JSON, its secrets redacted; a cycle and what is too deep are left out."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return json.dumps(value)
     if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, numbers.Real):  # numpy's too
+        with contextlib.suppress(OverflowError):
+            value = int(value) if isinstance(value, numbers.Integral) else float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)
     if isinstance(value, int | float):  # a count of tokens is no secret, a password's digits are
         return value if name.lower().endswith("token") else redacted_number(value, name)
     items = items_of(value)
@@ -2114,7 +2129,7 @@ def shown(value: Any) -> str:
 
 
 def append_to(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
 
 
 def write_all(fd: int, data: Any) -> int:
@@ -2126,7 +2141,7 @@ def write_all(fd: int, data: Any) -> int:
 
 def open_regular(path: Path) -> io.BufferedReader:
     """For reading; a pipe or a device is refused, which would be waited for without an end."""
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise DamageError(f"{path} is no regular file")
@@ -2272,6 +2287,7 @@ class Checkpointer:
         self.wanted = False  # a save, at the next place where it is exact
         self.is_back = False
         self.completed = False  # the run that is resumed
+        self.resumed: dict[str, Any] | None = None  # the state that it begins with
         self.policy = SavePolicy(run.saving.save_interval)
         self.signals = Signals(lambda: run.steps > 0)
         self._run = run
@@ -2302,13 +2318,20 @@ class Checkpointer:
             if self._plan is not None and self._plan.run_dir is not None:
                 self.completed = is_completed(self._plan.run_dir)
                 run.home = RunDirectory.reopen(self._plan.run_dir)
-        except (OSError, RunError, CheckpointError) as error:
+        except _REFUSALS as error:
             self._error = as_checkpoint_error(error)
         return self._plan is not None or self._error is not None
 
-    def begin_anew(self) -> None:
+    def begin_anew(self) -> dict[str, Any] | None:
+        """In another run; returns the state that it is a fork of, if of one."""
         self.is_back, self.completed, self._plan, self._error = True, False, None, None
-        self._saver = None
+        return self.resumed and {**self.resumed, "parent": str(self._saved[1]), "seq": 0}
+
+    def tell_ranks(self, refusal: str = "") -> None:
+        """What rank 0 has decided."""
+        if not self._run.recorder.rank and process_place()[1] > 1:
+            directory = None if self.completed or refusal else self._directory()
+            Decision(self._run).publish(self._saved[1], directory, refusal)
 
     # Resuming.
 
@@ -2318,26 +2341,26 @@ class Checkpointer:
         Raises CheckpointError.
         """
         run = self._run
-        self._carried.seen_from(caller())
-        self._checks.see_at_resume(names_in(caller()))
+        self._checks.see_at_resume()
         self._loop.start = rng_state(run.watched["generator"]) if "torch" in sys.modules else None
-        decision = Decision(run) if env_int("WORLD_SIZE", 1) > 1 else None
-        if run.recorder.rank and decision is not None and run.saving.resume not in ("", "never"):
-            self._plan = decision.wait()
-        if self._error is not None:
-            raise self._error
         try:
-            loaded = load_newest(self._plan, run.watched) if self._plan else None
-        except (OSError, MemoryError, RuntimeError) as error:
-            raise as_checkpoint_error(error) from error
+            if self._error is not None:
+                raise self._error
+            if run.recorder.rank and run.saving.resume not in ("", "never"):
+                given = Decision(run).wait_for("began")["checkpoint"]
+                self._plan = Plan(None, Path(given)) if given else None
+            if self._plan is not None:
+                self.resumed = self._restore(*load_newest(self._plan, run.watched))
+        except _REFUSALS as error:
+            refusal = as_checkpoint_error(error)
+            fenced(self.tell_ranks)(str(refusal))
+            raise refusal from (None if refusal is error else error)
         self.is_back = True
-        if decision is not None and not run.recorder.rank:
-            decision.publish(loaded and loaded[0], self._plan)
-        return self._restore(*loaded) if loaded else None
+        return self.resumed
 
     def _restore(self, path: Path, state: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
         run = self._run
-        if (there := state["world_size"]) != (here := env_int("WORLD_SIZE", 1)):
+        if (there := state["world_size"]) != (here := process_place()[1]):
             raise CheckpointError(f"{path} is of {there} processes, this launch has {here}")
         saved |= own_generators(path, run.recorder.rank, self._checks)
         loaders = [each for each in run.watched["loader"] if hasattr(each, "load_state_dict")]
@@ -2429,31 +2452,32 @@ class Checkpointer:
     # Saving. Each returns a signal that is now to be obeyed.
 
     def after_step(self, carry: Mapping[str, Any] | None, last: bool) -> int | None:
-        run, loop = self._run, self._loop
+        loop = self._loop
         loop.broke = last
         if carry:
             self._carried.given.update(carry)
         if not self._checks.seen:
             self._checks.seen = True
             self._first_step()
-        if not (self.wanted or self.signals.number or self.policy.due(run.steps)):
-            return None
-        if loop.epoch is None or loop.batches > 0:
-            return self._save_now()
-        self.wanted = True  # the end of the epoch is the next exact place
-        return None
+        # Behind an epoch's last batch the script may read what a resumed run has not got: its loss.
+        exact = not self._checks.reads_behind if loop.batches else loop.epoch is None
+        return self._save_now(carry=carry or ()) if exact and self._is_due() else None
 
     def before_batch(self) -> int | None:
-        exact = self.wanted and self._point is None and self._loop.batches > 0
-        return self._save_now(fetched=1) if exact else None
+        exact = self._loop.batches > 0 and self._point is None
+        return self._save_now(fetched=1) if exact and self._is_due() else None
 
     def between_epochs(self) -> int | None:
-        exact = self.wanted and self._point is None and self._loop.epoch is not None
-        return self._save_now(ended=True) if exact else None
+        exact = self._loop.epoch is not None and self._point is None
+        return self._save_now(ended=True) if exact and self._is_due() else None
+
+    def _is_due(self) -> bool:
+        steps = self._run.steps
+        return self.wanted or self.signals.number is not None or self.policy.due(steps)
 
     @fenced
     def _first_step(self) -> None:
-        self._checks.see_at_step(caller())
+        self._checks.see_at_step()
         if self.policy.every:
             self._open_saver().prepare(self._parts(), self._checks.compare)
 
@@ -2469,18 +2493,27 @@ class Checkpointer:
             self.wanted = True
 
     @fenced
-    def _save_now(self, *, ended: bool = False, fetched: int = 0) -> int | None:
+    def _save_now(self, **where: Any) -> int | None:
         number = self.signals.number
         if self.wanted:  # by the script, or for the best weights so far; else it may be skipped
             self.settle()
-        self.save(ended=ended, fetched=fetched, wait=bool(number))
+        fenced(self.save)(**where, wait=bool(number))
         return number
 
-    def save(self, *, ended: bool = False, fetched: int = 0, wait: bool = False) -> bool:
-        """Snapshot and write behind; False while one is in flight, unless it is to be waited for."""
+    def save(
+        self,
+        *,
+        ended: bool = False,
+        fetched: int = 0,
+        carry: Iterable[str] = (),
+        wait: bool = False,
+    ) -> bool:
+        """Snapshot, and write behind; False while one is in flight, unless that is waited for."""
         run, loop, began = self._run, self._loop, time.monotonic()
         self.wanted = False
-        self._carried.look(caller(), self._checks)
+        frames = script_frames(self._checks.root[0])
+        self._carried.look(frames, carry, self._checks)
+        self._checks.look(frames)
         state = {
             **numerics(),
             "run_id": run.home.config["id"] if run.home else "",
@@ -2550,7 +2583,7 @@ class Checkpointer:
     def _directory(self) -> Path:
         run = self._run
         if run.recorder.rank:
-            return Decision(run).directory()
+            return Path(Decision(run).wait_for("directory")["directory"])
         if run.home is None:
             raise CheckpointError("there is no directory of a run to save in")
         if run.saving.ckpt_dir:
@@ -2673,9 +2706,9 @@ class Signals:
 
 
 class CarriedLocals:
-    """The locals that resume() was asked for: read, at a save alone, from the frame it returned to.
+    """The locals that resume() was asked for: read, at a save alone, from the functions that asked.
 
-    A caller that step() cannot see gives them by `carry`.
+    What these do not name is given by `carry`.
     """
 
     def __init__(self) -> None:
@@ -2683,33 +2716,39 @@ class CarriedLocals:
         self.now: dict[str, Any] = {}  # as of the last look
         self.saved: dict[str, Any] = {}  # of the checkpoint, yet to be given back
         self.origin: Path | None = None
-        self.asked: set[str] = set()
-        self.code: Any = None  # of the function that called resume()
-        self.line = 0
-
-    def seen_from(self, frame: types.FrameType) -> None:
-        self.code, self.line = frame.f_code, frame.f_lineno
+        self.asked: dict[str, types.CodeType] = {}  # by which function
 
     def give(self, defaults: Mapping[str, Any], in_epoch: bool) -> dict[str, Any]:
         """Each as it was saved, once; as given from then on."""
-        self.seen_from(caller())
-        absent = sorted(defaults.keys() - self.saved.keys() - self.asked)
+        absent = sorted(defaults.keys() - self.saved.keys() - self.asked.keys())
         if absent and self.origin is not None:
             raise CheckpointError(
                 f"{self.origin} has no {', '.join(absent)}, which resume() asks for; give step() "
                 f"carry={{{', '.join(f'{name!r}: {name}' for name in absent)}}}"
             )
-        self.asked |= defaults.keys()
+        self.asked |= dict.fromkeys(defaults, caller().f_code)
         values = {name: self.saved.pop(name, value) for name, value in defaults.items()}
         if in_epoch:  # before the loop they are what they begin with, not a state
             self.given.update(values)
         return values
 
-    def look(self, frame: types.FrameType, checks: CallSiteChecks) -> None:
-        """Read them where they can be seen; what is nowhere makes the checkpoint inexact."""
-        names = names_in(frame) if frame.f_code is self.code else {}
-        self.now = {name: names[name] for name in self.asked & names.keys()} | self.given
-        if lost := sorted(self.asked - self.now.keys()):
+    def look(
+        self, frames: Sequence[types.FrameType], carry: Iterable[str], checks: CallSiteChecks
+    ) -> None:
+        """Read them where they can be seen; what is nowhere makes the checkpoint inexact.
+
+        What step() was given by `carry` just now goes before that, and before what was given once.
+        """
+        seen: dict[str, Any] = {}
+        for frame in reversed(frames):
+            names = names_in(frame)
+            seen |= {
+                name: names[name]
+                for name, code in self.asked.items()
+                if code is frame.f_code and name in names and is_variable(name, code)
+            }
+        self.now = {**self.given, **seen, **{name: self.given[name] for name in carry}}
+        if lost := sorted(self.asked.keys() - self.now.keys()):
             pairs = ", ".join(f"{name!r}: {name}" for name in lost)
             checks.note(
                 f"{', '.join(lost)}, which resume() asks for, cannot be seen from step(); "
@@ -2726,15 +2765,20 @@ def caller() -> types.FrameType:
 
 
 def names_in(frame: types.FrameType) -> dict[str, Any]:
-    """What is in sight there: its module's names, its locals, and what its `self` holds."""
-    names, own = dict(frame.f_globals), frame.f_locals
-    names.update(own)
-    with contextlib.suppress(TypeError):  # an object without a __dict__
-        names |= {f"self.{name}": value for name, value in vars(own.get("self")).items()}
+    """What is in sight there: its module's names and its locals."""
+    own = frame.f_locals
+    names = {**frame.f_globals, **own}
     if isinstance(own, dict) and frame.f_code.co_flags & 1:
         # A function's, and before Python 3.13 a copy: left full, it would keep the locals alive.
         own.clear()
     return names
+
+
+def is_variable(name: str, code: types.CodeType) -> bool:
+    """Of that function: of another one of the same name in its module it knows nothing."""
+    own = (*code.co_varnames, *code.co_cellvars, *code.co_freevars)
+    stores = (each.argval for each in dis.get_instructions(code) if each.opname == "STORE_GLOBAL")
+    return name in own or code.co_name.startswith("<") or name in stores
 
 
 # --- Call sites that are missing ------------------------------------------------------------------
@@ -2743,200 +2787,312 @@ Watched = Mapping[str, list[Any]]
 
 
 class CallSiteChecks:
-    """What a resume would not find as it was, said once at the first save that shows it.
+    """What a resume would not find as it was: said once, and kept in each checkpoint.
 
-    Looked at are the watched objects and the names in sight of resume() and step(). Of state that
-    nobody watches it is compared, at each save and behind the loop, whether it has moved.
+    In sight is what the script's functions name, from the one under way up to the one that called
+    resume(). What is in sight of resume() and fits into watch() is watched. Of the rest, and of
+    what a watched model has beside its state_dict, it is compared from save to save whether it
+    moves. What the loops lack is seen in the script's text.
     """
 
     def __init__(self, watched: Watched, loop: Loop, carried: CarriedLocals) -> None:
         self.seen = False  # the first step
+        self.reads_behind = False  # the script, behind the loop over batches, what it left
         self._watched, self._loop, self._carried = watched, loop, carried
         self._notes: list[str] = []
+        self.root: tuple[Any, int] = (None, 0)  # the function and the line that called resume()
+        self._made_anew: set[str] = set()  # by each iteration
+        self._epochs_own: set[str] = set()  # made anew by each iteration of the loops around that
         self._in_sight: dict[str, Callable[[], Any]] = {}  # weakly: to look keeps nothing alive
-        self._first: dict[str, Any] = {}  # prints of state that is not watched
+        self._first: dict[str, Any] = {}  # prints of states, as of the first look
         self._stepped: dict[int, Callable[[], Any]] = {}
-        self._batches_of: dict[str, int] = {}  # iterators in sight, and their length
         self._hook: Any = None
-        self._saves = 0
+        self._epoch: Any = None  # as of the last look
 
     def note(self, sentence: str) -> None:
         if sentence not in self._notes:
             self._notes.append(sentence)
             say(f"a resume will not be exact: {sentence}")
 
-    def _see(self, names: Mapping[str, Any]) -> None:
-        kinds = kinds_to_see()
-        self._in_sight |= {n: weakly(v) for n, v in names.items() if isinstance(v, kinds)}
-        its = {n: v for n, v in names.items() if type(v).__name__.endswith("DataLoaderIter")}
-        self._batches_of |= {name: len(iterator) for name, iterator in its.items()}
+    def resumed(self, state: Mapping[str, Any], path: Path) -> None:
+        for sentence in state.get("inexact", ()):
+            say(f"{path} was saved with this said: {sentence}")
 
-    def see_at_resume(self, names: Mapping[str, Any]) -> None:
-        """Schedulers of watched optimizers that are in sight here may simply be watched."""
-        self._see(names)
-        for name in self._batches_of:
+    def see_at_resume(self) -> None:
+        frames = script_frames()
+        self.root = frames[0].f_code, frames[0].f_lineno
+        things = in_sight(frames, set())
+        for kind, _, thing in [*unwatched(self._watched, things)]:
+            self._watched[kind].append(thing)
+        for name in (path for path, thing in things.items() if is_iterator(thing)):
             self.note(f"`{name}` was made before resume(); call resume() before iter()")
-        self._watched["scheduler"].extend(unwatched_schedulers(self._watched, self._things()))
 
-    def see_at_step(self, frame: types.FrameType) -> None:
+    def see_at_step(self) -> None:
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
-        self._see(names_in(frame))
         self._hook = self._hook or register_optimizer_step_post_hook(self._note_stepped)
-        if self._carried.code is None:
+        if self.root[0] is None:
             self.note("resume() is never called; add obs.resume() before the loop")
-        for sentence in loops_without_skip(frame, self._carried):
-            self.note(sentence)
+        frames, asked = script_frames(self.root[0]), {*self._carried.asked, *self._carried.given}
+        for name in {frame.f_code.co_filename for frame in frames}:
+            asked |= asked_in_text(parsed_file(name))
+        loops = script_loops(frames, self.root)
+        for loop in loops:
+            names = self._made_anew if loop.is_innermost else self._epochs_own
+            names |= loop.made_anew
+            for sentence in (s for rule in LOOP_RULES for s in rule(loop, asked)):
+                self.note(sentence)
+        self.reads_behind = bool(loops and loops[-1].left - asked)
+        self.look(frames)
 
     def _note_stepped(self, optimizer: Any, *_: Any) -> None:
         self._stepped[id(optimizer)] = weakly(optimizer)
 
-    def _things(self) -> dict[str, Any]:
-        things = {name: get() for name, get in list(self._in_sight.items())}
-        return {name: thing for name, thing in things.items() if thing is not None}
+    def look(self, frames: Sequence[types.FrameType]) -> None:
+        """On the loop's thread: only who is there, and how far the loaders are."""
+        things = in_sight(frames, self._made_anew)
+        self._in_sight = {path: weakly(thing) for path, thing in things.items()}
+        self._epoch = self._loop.epoch
+        began = self._first.setdefault("the first epoch", self._epoch)
+        for path, thing in things.items():
+            lives_on = getattr(thing, "_iterator", None)  # of a loader whose workers persist
+            reader = thing if is_iterator(thing) else lives_on
+            elsewhere = reader and reader._num_yielded - self._loop.batches not in (0, 1)
+            if lives_on and (elsewhere or self._epoch != began):
+                self.note(f"the workers of `{path}` live on; give it persistent_workers=False")
+            elif elsewhere:
+                self.note(place_not_kept(path))
 
     def report(self) -> dict[str, Any]:
-        """For state.json. Looked is at the saves 1, 2, 4, 8, …: to walk a model holds the GIL."""
-        self._saves += 1
-        if self._saves & (self._saves - 1) == 0:
-            self.compare(at_a_save=True)
+        """For state.json, at each save."""
+        self.compare(at_a_save=True)
         return {"inexact": self._notes}
 
     @fenced
     def compare(self, *, at_a_save: bool = False) -> None:
         """Behind the loop, for to print a state may wait for its device."""
-        watched, things = self._watched, self._things()
-        for path, state, advice in [*unwatched_state(watched, things), *hidden_state(watched)]:
-            if self._first.setdefault(path, state) != state:
-                self.note(
-                    f"{path} changes as the training goes on and is in no checkpoint; {advice}"
-                )
+        there = [(path, get()) for path, get in self._in_sight.items()]
+        things = {path: thing for path, thing in there if thing is not None}
+        for state in states(self._watched, things):
+            of_epoch = re.split(r"\W", state.path)[0] in self._epochs_own
+            key = f"{state.path} {self._epoch if of_epoch else None}"
+            has_moved = self._first.setdefault(key, state.print) != state.print
+            if has_moved and not state.is_given(self._made_anew):
+                self.note(f"`{state.path}` moves and is in no checkpoint; {state.advice}")
         if at_a_save:
-            for sentence in missing_in_watch(watched, things, self._stepped):
+            stepped = [optimizer for get in self._stepped.values() if (optimizer := get())]
+            for sentence in missing_in_watch(self._watched, things, stepped):
                 self.note(sentence)
-            for name, length in self._batches_of.items():
-                if not self._loop.batches or self._loop.batches > length:
-                    self.note(
-                        f"the place of `{name}` is not kept; loop over its loader, and begin "
-                        "both loops with skip_epoch(…) and skip_batch()"
-                    )
-
-    def resumed(self, state: Mapping[str, Any], path: Path) -> None:
-        for sentence in state.get("inexact", ()):
-            say(f"{path} was saved with this said: {sentence}")
 
 
 def weakly(value: Any) -> Callable[[], Any]:
+    """Of a collection of tensors the first few."""
+    if tensors := collected(value):
+        few = [weakref.ref(tensor) for tensor in tensors]
+        return lambda: [tensor for get in few if (tensor := get()) is not None]
     try:
         return weakref.ref(value)
     except TypeError:  # of a kind that cannot be; it is small
         return lambda: value
 
 
+# What is in sight.
+
+
+def script_frames(root: Any = None) -> list[types.FrameType]:
+    """From the script's function that called us up to `root`, or to its module."""
+    frames = [caller()]
+    while frames[-1].f_code is not root and not frames[-1].f_code.co_name.startswith(("<m", "<c")):
+        if frames[-1].f_back is None:
+            break
+        frames.append(frames[-1].f_back)
+    return frames
+
+
+def in_sight(frames: Sequence[types.FrameType], without: set[str]) -> dict[str, Any]:
+    """What has a state, by the names that lead there, the shortest first."""
+    kinds, found, seen = kinds_to_see(), dict[str, Any](), set[int]()
+    names = {name: value for frame in reversed(frames) for name, value in names_in(frame).items()}
+    todo = deque((name, value, 3) for name, value in names.items() if name not in without)
+    while todo and len(seen) < 5000:
+        path, value, depth = todo.popleft()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, kinds) or collected(value) or is_iterator(value) or drives(value):
+            found[path] = value
+        if depth:
+            todo.extend((path + name, part, depth - 1) for name, part in parts_of(value, without))
+    return found
+
+
 def kinds_to_see() -> tuple[type, ...]:
     """Generators, and the classes of torch that have state; as far as they are imported."""
     torch, numpy = torch_module(), sys.modules.get("numpy")
-    own = (random.Random, torch.Generator, torch.nn.Module, torch.amp.GradScaler)
-    more = (torch.utils.data.DataLoader, torch.optim.lr_scheduler.LRScheduler)
-    return own + more + ((numpy.random.Generator, numpy.random.RandomState) if numpy else ())
+    data, optim = torch.utils.data, torch.optim
+    own: tuple[type, ...] = (
+        random.Random,
+        torch.Generator,
+        torch.nn.Module,
+        torch.amp.GradScaler,
+        optim.Optimizer,
+    )
+    own += (data.DataLoader, data.Dataset, data.Sampler, optim.lr_scheduler.LRScheduler)
+    return own + ((numpy.random.Generator, numpy.random.RandomState) if numpy else ())
 
 
-def unwatched_schedulers(watched: Watched, things: Mapping[str, Any]) -> list[Any]:
-    """Those in sight that drive a watched optimizer, and that no other scheduler drives."""
-    known = [id(each) for each in watched["scheduler"]]
-    mine = {id(inner(optimizer)) for optimizer in watched["optimizer"]}
-    found = {
-        id(t): t for t in things.values() if hasattr(t, "last_epoch") and hasattr(t, "optimizer")
-    }
-    driven = {id(i) for t in found.values() for i in vars(t).get("_schedulers", ())}
-    return [
-        t
-        for at, t in found.items()
-        if at not in known and at not in driven and id(inner(t.optimizer)) in mine
-    ]
+def parts_of(value: Any, without: set[str]) -> Iterator[tuple[str, Any]]:
+    """Of a loader, of a collection, and of an object of a class that is the script's."""
+    if isinstance(value, dict | list | tuple):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        yield from ((f"[{key!r}]", part) for key, part in itertools.islice(pairs, 64))
+    elif isinstance(value, torch_module().utils.data.DataLoader):
+        names = ["generator", "sampler", "batch_sampler", *["dataset"] * (not value.num_workers)]
+        yield from ((f".{name}", getattr(value, name)) for name in names)
+    elif is_of_the_script(type(value).__module__) and not isinstance(value, type):
+        for name, part in list(getattr(value, "__dict__", {}).items()):
+            if f".{name}" not in without and not (name[0] == "_" and hasattr(value, "forward")):
+                yield f".{name}", part
+
+
+def is_of_the_script(module: str) -> bool:
+    root = module.partition(".")[0]
+    is_known = root in ("torch", "numpy") or (root in sys.stdlib_module_names and root[0] != "_")
+    return module.startswith("torch.utils.data") or not (is_known or module == __name__)
+
+
+def is_iterator(value: Any) -> bool:
+    return type(value).__name__.endswith("DataLoaderIter")
+
+
+def drives(value: Any) -> bool:
+    """Whether it is a schedule of the script's own."""
+    return "optimizer" in getattr(value, "__dict__", ()) and hasattr(type(value), "step")
+
+
+def collected(value: Any) -> list[Any]:
+    """The first tensors of a collection of them, as an average has."""
+    if not isinstance(value, dict | list | tuple):
+        return []
+    few = [*itertools.islice(value.values() if isinstance(value, dict) else value, 3)]
+    return few if all(hasattr(each, "untyped_storage") for each in few) else []
+
+
+# What should be watched.
+
+
+def unwatched(watched: Watched, things: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """The kind, the name and the thing, of what has a place in watch() and is none of a model."""
+    known = {id(thing) for kind in KINDS for each in watched[kind] for thing in (each, inner(each))}
+    every = [*watched["scheduler"], *things.values()]
+    driven = {id(each) for thing in every for each in getattr(thing, "_schedulers", ())}
+    for path, thing in things.items():
+        if id(thing) in known or id(thing) in driven or isinstance(thing, list):
+            continue
+        if is_generator(thing):
+            yield "generator", path, thing
+        elif not hasattr(thing, "load_state_dict"):
+            continue
+        elif hasattr(thing, "param_groups") and id(inner(thing)) not in known:
+            yield "optimizer", path, thing
+        elif hasattr(thing, "last_epoch"):
+            yield "scheduler", path, thing
+        elif hasattr(thing, "unscale_") and thing.is_enabled():
+            yield "scaler", path, thing
 
 
 def missing_in_watch(
-    watched: Watched, things: Mapping[str, Any], stepped: Mapping[int, Callable[[], Any]]
+    watched: Watched, things: Mapping[str, Any], stepped: Sequence[Any]
 ) -> Iterator[str]:
-    names = {id(thing): name for name, thing in things.items()}
     if not any(watched.values()):
         yield "nothing is watched; add obs.watch(model, optimizer=…)"
-    mine = {id(inner(optimizer)) for optimizer in watched["optimizer"]}
-    groups = [g for o in map(inner, watched["optimizer"]) for g in getattr(o, "param_groups", ())]
-    for at, get in stepped.items():
-        if at not in mine and keeps_state(get(), groups):
-            yield f"an unwatched {type(get()).__name__} makes steps; add it to watch(optimizer=[…])"
-    for scheduler in unwatched_schedulers(watched, things):
-        yield f"`{names[id(scheduler)]}` is not watched; add watch(scheduler=…) before resume()"
-    drives = {id(inner(getattr(each, "optimizer", None))) for each in watched["scheduler"]}
-    for optimizer in map(inner, watched["optimizer"]):
-        is_driven = hasattr(getattr(optimizer, "step", None), "_wrapped_by_lr_sched")
-        if is_driven and id(optimizer) not in drives and not unwatched_schedulers(watched, things):
-            yield "a scheduler drives the optimizer and is not watched; watch(scheduler=…)"
+    optimizers = [inner(optimizer) for optimizer in watched["optimizer"]]
+    for optimizer in stepped:
+        if not any(optimizer is each for each in optimizers):
+            yield f"an unwatched {type(optimizer).__name__} steps; add it to watch(optimizer=[…])"
+    found = {path: kind for kind, path, _ in unwatched(watched, things)}
+    for path, kind in found.items():
+        if kind in ("scheduler", "scaler"):
+            yield f"`{path}` is not watched; add watch({kind}={path}) before resume()"
+    driven = {id(inner(getattr(each, "optimizer", None))) for each in watched["scheduler"]}
+    for optimizer in () if "scheduler" in found.values() else optimizers:
+        step = getattr(optimizer, "step", None)
+        if hasattr(step, "_wrapped_by_lr_sched") and id(optimizer) not in driven:
+            yield "a scheduler drives the optimizer and is not watched; add watch(scheduler=…)"
     models = {id(p) for model in watched["model"] for p in model.parameters()}
+    groups = [group for each in optimizers for group in getattr(each, "param_groups", ())]
     if lost := sum(id(p) not in models for group in groups for p in group["params"]):
         yield f"{lost} parameters of the optimizer are in no watched model; watch that too"
-    for name, thing in things.items():
-        known = any(thing is each for each in watched["scaler"])
-        if hasattr(thing, "unscale_") and thing.is_enabled() and not known:
-            yield f"`{name}` is not watched; add watch(scaler={name})"
-        if getattr(thing, "persistent_workers", False) and draws(thing.dataset):
-            yield f"the workers of `{name}` keep generators of their own; persistent_workers=False"
-
-
-def keeps_state(optimizer: Any, known: Sequence[Any]) -> bool:
-    """Whether it has moments, or a rate that moved in groups that no watched optimizer shares."""
-    own = [
-        g for g in getattr(optimizer, "param_groups", ()) if not any(g is each for each in known)
-    ]
-    moved = any(group.get("lr") != optimizer.defaults.get("lr") for group in own)
-    return moved or bool(getattr(optimizer, "state", None))
 
 
 def inner(optimizer: Any) -> Any:
     """The optimizer within a wrapper of accelerate, of a scaler, or of the script."""
-    while (within := getattr(optimizer, "optimizer", None)) is not None:
+    while not hasattr(optimizer, "last_epoch"):
+        within = getattr(optimizer, "optimizer", None)
+        if within is None:
+            break
         optimizer = within
     return optimizer
 
 
-def draws(dataset: Any) -> bool:
-    """Whether an item is drawn, as far as the names in its code tell."""
-    get = getattr(type(dataset), "__getitem__", None)
-    words = set(getattr(getattr(get, "__code__", None), "co_names", ()))
-    transforms = "".join(repr(each) for name, each in vars(dataset).items() if "transform" in name)
-    return "Random" in transforms or any(re.search(r"rand|normal|uniform|choice", w) for w in words)
+def is_generator(thing: Any) -> bool:
+    return any(hasattr(thing, name) for name in ("bit_generator", "getstate", "get_state"))
 
 
-def unwatched_state(watched: Watched, things: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    """Generators and modules that are not watched: a name, a print of the state, an advice."""
-    tensors = {id(t) for model in watched["model"] for t in tensors_of(model)}
-    for name, thing in things.items():
-        if hasattr(thing, "named_buffers"):
-            own = [tensor for tensor in tensors_of(thing) if id(tensor) not in tensors]
-            if own:
-                yield f"`{name}`", printed(own), f"add obs.watch({name})"
-            continue
-        for path, generator in generators_of(name, thing):
-            if not any(generator is known for known in watched["generator"]):
-                state = generator_state(generator)
-                state = state if isinstance(state, str) else state.tolist()
-                yield f"`{path}`", state, f"add watch(generator={path})"
+# What moves.
 
 
-def hidden_state(watched: Watched) -> Iterator[tuple[str, Any, str]]:
-    """What a watched model has beside its state_dict."""
-    for number, model in enumerate(watched["model"]):
-        name = type(model).__name__ + (f" {number}" if number else "")  # two may be of one class
-        for path, module in model.named_modules():
-            at = f"{name}{path and '.'}{path}"
-            counts = {k: v for k, v in list(vars(module).items()) if type(v) in (int, float)}
-            for count, value in counts.items():
-                yield f"{at}.{count}", value, "make it a buffer, or carry it"
-            for key in module._non_persistent_buffers_set:
-                if (buffer := module._buffers.get(key)) is not None:
-                    yield f"{at}.{key}", printed([buffer]), "make it a persistent buffer"
+class State(NamedTuple):
+    """Of something that no checkpoint has."""
+
+    path: str
+    print: Any
+    advice: str
+    kind: type = object  # for an attribute, of what
+    name: str = ""
+
+    def is_given(self, made_anew: set[str]) -> bool:
+        """Whether the attribute is set anew by the script, or by a method before it reads it."""
+        functions = [f for c in self.kind.__mro__ for n, f in vars(c).items() if n != "__init__"]
+        first = []
+        for code in (f.__code__ for f in functions if isinstance(f, types.FunctionType)):
+            uses = (i.opname for i in dis.get_instructions(code) if i.argval == self.name)
+            first += [*itertools.islice((use for use in uses if use.endswith("_ATTR")), 1)]
+        return f".{self.name}" in made_anew or "STORE_ATTR" in first
+
+
+def states(watched: Watched, things: Mapping[str, Any]) -> Iterator[State]:
+    tensors = [tensor for model in watched["model"] for tensor in tensors_of(model)]
+    known, shapes = {*map(id, [*tensors, *watched["generator"]])}, {t.shape for t in tensors}
+    for path, thing in things.items():
+        if isinstance(thing, list):  # as weakly() gives a collection of tensors
+            if thing and all(t.shape in shapes and id(t) not in known for t in thing):
+                yield State(path, printed(thing), "keep it in a Module, and watch that")
+        elif is_generator(thing) and id(thing) not in known:
+            yield State(path, generator_state(thing), f"add watch(generator={path})")
+        elif hasattr(thing, "named_buffers"):
+            if own := [tensor for tensor in tensors_of(thing) if id(tensor) not in known]:
+                yield State(path, printed([*own[:3], own[-1]]), f"add obs.watch({path})")
+        elif not hasattr(thing, "load_state_dict"):
+            yield from numbers_of(path, thing)
+    for model in watched["model"]:
+        for path, module in model.named_modules(prefix=type(model).__name__):
+            yield from numbers_of(path, module)
+            for name in module._non_persistent_buffers_set & module._buffers.keys():
+                if (buffer := module._buffers[name]) is not None:
+                    yield State(f"{path}.{name}", printed([buffer]), "make it a persistent buffer")
+
+
+def numbers_of(path: str, thing: Any) -> Iterator[State]:
+    for name, value in list(getattr(thing, "__dict__", {}).items()):
+        if hasattr(value, "tolist") and getattr(value, "ndim", 0) == 1:
+            value = value[:4].tolist()
+        if type(value) is list:  # one that only grows keeps its first
+            value = tuple(value[:4]) if len(value) > 3 else None
+        few = value if isinstance(value, tuple) else (value,)
+        if few and all(type(each) in (int, float) for each in few):
+            advice = "carry it, or make it a buffer of a watched model"
+            yield State(f"{path}.{name}", value, advice, type(thing), name)
 
 
 def tensors_of(module: Any) -> list[Any]:
@@ -2944,83 +3100,157 @@ def tensors_of(module: Any) -> list[Any]:
 
 
 def printed(tensors: Sequence[Any]) -> list[Any]:
-    """A few values of a few of them."""
-    few = [*tensors[:3], *tensors[-1:]]
-    return [tensor.detach().reshape(-1)[:4].tolist() for tensor in few]
+    """A few values of each."""
+    return [tensor.detach().reshape(-1)[:4].tolist() for tensor in tensors]
 
 
-def generators_of(name: str, thing: Any) -> Iterator[tuple[str, Any]]:
-    """Itself, or those that a loader, its samplers and its dataset hold."""
-    if not hasattr(thing, "batch_sampler"):
-        if (
-            hasattr(thing, "bit_generator")
-            or hasattr(thing, "get_state")
-            or hasattr(thing, "getstate")
-        ):
-            yield name, thing
-        return
-    parts = {"": thing, ".sampler": thing.sampler, ".batch_sampler": thing.batch_sampler}
-    parts |= {} if thing.num_workers else {".dataset": thing.dataset}
-    kinds = kinds_to_see()
-    for part, holder in parts.items():
-        for attribute, value in (vars(holder) if hasattr(holder, "__dict__") else {}).items():
-            if isinstance(value, kinds) and not hasattr(value, "batch_sampler"):
-                yield from generators_of(f"{name}{part}.{attribute}", value)
+# What the loops lack, by the script's text.
+
+_LOOPS = (ast.For, ast.While)
+_SKIPS = ("skip_epoch", "skip_batch", "ended")
 
 
-def loops_without_skip(frame: types.FrameType, carried: CarriedLocals) -> Iterator[str]:
-    """Loops around the step, up to where resume() was called, that a resumed run begins again."""
-    while True:
-        loops = loops_around(frame, carried)
-        for loop in loops:
-            call = "skip_batch()" if loop is loops[-1] and len(loops) > 1 else "skip_epoch(…)"
-            if not has_skip(loop) and not goes_on(loop, carried):
-                yield (
-                    f"the loop at line {loop.lineno} of {Path(frame.f_code.co_filename).name} "
-                    f"does not begin with `if obs.{call}: continue`"
-                )
-        if frame.f_code is carried.code or carried.code is None or frame.f_back is None:
-            break
-        frame = frame.f_back
+class ScriptLoop:
+    """A loop around the step, and around no call of resume()."""
+
+    def __init__(self, node: Any, tree: Any, frame: types.FrameType) -> None:
+        self.node = node
+        self.place = f"line {node.lineno} of {Path(frame.f_code.co_filename).name}"
+        self.enters = frame.f_lineno  # where the next loop within begins, or is called
+        self.is_outermost = self.is_innermost = False
+        self.over = reads(ast.walk(getattr(node, "iter", node)))
+        self.own = [*nodes_of(node)]  # not those of a loop within
+        self.skips = [each.lineno for each in self.own if called(each) in _SKIPS]
+        targets = [each.target for each in ast.walk(node) if isinstance(each, ast.AugAssign)]
+        self.binds, counts = binds(node), [name for target in targets for name in binds(target)]
+        self.counts = {name for name in counts if counts.count(name) == self.binds.count(name)}
+        self.made_anew = {*self.binds} - self.counts
+        self.left = self.made_anew & read_behind(node.end_lineno, tree, frame.f_code)
 
 
-def loops_around(frame: types.FrameType, carried: CarriedLocals) -> list[Any]:
-    """The loops of its function that the line under way is in and the call of resume() is not."""
-    code, line = frame.f_code, frame.f_lineno
+def script_loops(frames: Sequence[types.FrameType], root: tuple[Any, int]) -> list[ScriptLoop]:
+    """The outermost first."""
+    loops: list[ScriptLoop] = []
+    for frame in reversed(frames):
+        code, line = frame.f_code, frame.f_lineno
+        tree = parsed_file(code.co_filename)
+        for node in (each for each in ast.walk(tree) if isinstance(each, _LOOPS)):
+            lines = range(node.lineno, (node.end_lineno or 0) + 1)
+            resumes = code is root[0] and root[1] in lines
+            if line in lines and lines[0] >= code.co_firstlineno and not resumes:
+                if loops and loops[-1].enters == line:
+                    loops[-1].enters = lines[0]
+                loops.append(ScriptLoop(node, tree, frame))
+    for loop in loops:
+        loop.is_outermost, loop.is_innermost = loop is loops[0], loop is loops[-1]
+    return loops
+
+
+def parsed_file(name: str) -> Any:
     try:
-        tree = ast.parse("".join(linecache.getlines(code.co_filename)))
+        return ast.parse("".join(linecache.getlines(name)))
     except (SyntaxError, ValueError):
-        return []
-    loops = [n for n in ast.walk(tree) if isinstance(n, ast.For | ast.While)]
-    resumed = carried.line if code is carried.code else 0
+        return ast.Module([], [])
+
+
+def nodes_of(loop: Any) -> Iterator[Any]:
+    todo = list(loop.body)
+    while todo:
+        yield (node := todo.pop())
+        if not isinstance(node, (*_LOOPS, ast.FunctionDef, ast.ClassDef)):
+            todo += ast.iter_child_nodes(node)
+
+
+def called(node: Any) -> str:
+    function = getattr(node, "func", None)
+    return str(getattr(function, "attr", getattr(function, "id", "")))
+
+
+def binds(node: Any) -> list[str]:
+    """The names; of an attribute its own, with a dot before it."""
+    bound = [each for each in ast.walk(node) if isinstance(getattr(each, "ctx", 0), ast.Store)]
     return [
-        n
-        for n in loops
-        if code.co_firstlineno <= n.lineno <= line <= (n.end_lineno or 0)
-        and not n.lineno <= resumed <= (n.end_lineno or 0)
+        n.id if isinstance(n, ast.Name) else f".{n.attr}"
+        for n in bound
+        if hasattr(n, "id") or hasattr(n, "attr")
     ]
 
 
-def has_skip(loop: Any) -> bool:
-    """Whether one of our skips stands in it, and not in a loop within."""
-    todo = list(loop.body)
-    while todo:
-        node = todo.pop()
-        if isinstance(node, ast.Call) and getattr(
-            node.func, "attr", getattr(node.func, "id", "")
-        ) in ("skip_epoch", "skip_batch", "ended"):
-            return True
-        if not isinstance(node, ast.For | ast.While):
-            todo += ast.iter_child_nodes(node)
-    return False
+def reads(nodes: Iterable[Any]) -> set[str]:
+    return {node.id for node in nodes if isinstance(node, ast.Name)}
 
 
-def goes_on(loop: Any, carried: CarriedLocals) -> bool:
-    """Whether its bounds come from what resume() gave back."""
-    if isinstance(loop, ast.While):
-        return bool(carried.asked)
-    names = {node.id for node in ast.walk(loop.iter) if isinstance(node, ast.Name)}
-    return bool(names & carried.asked)
+def read_behind(line: int, tree: Any, code: types.CodeType) -> set[str]:
+    """In the rest of that function."""
+    last = max(number or 0 for _, _, number in code.co_lines())
+    return reads(n for n in ast.walk(tree) if line < getattr(n, "lineno", 0) <= last)
+
+
+Lack = Iterator[str]
+
+
+def without_skip(loop: ScriptLoop, asked: set[str]) -> Lack:
+    goes_on = asked if isinstance(loop.node, ast.While) else asked & loop.over
+    if not loop.skips and not goes_on:
+        counted = loop.is_outermost and "range" in loop.over
+        call = "skip_batch()" if loop.is_innermost and not counted else "skip_epoch(…)"
+        yield f"the loop at {loop.place} does not begin with `if obs.{call}: continue`"
+
+
+def unpassed_next(loop: ScriptLoop, asked: set[str]) -> Lack:
+    """A resumed run passes over the batches that a loop gives, not over those that it takes."""
+    nodes: Iterator[Any] = ast.walk(loop.node)
+    for node in nodes:
+        if called(node) == "next" and not any(line > node.lineno for line in loop.skips):
+            yield from map(place_not_kept, reads(node.args[:1]) - loop.made_anew)
+
+
+def place_not_kept(name: str) -> str:
+    return f"the place of `{name}` is not kept; loop over its loader, and begin with skip_batch()"
+
+
+def not_carried(loop: ScriptLoop, asked: set[str]) -> Lack:
+    """What is counted, compared with what it was, or shuffled where it lies."""
+    names = {*loop.counts}
+    nodes: Iterator[Any] = ast.walk(loop.node)
+    for node in nodes:
+        if called(node) == "shuffle":
+            names |= reads(node.args[:1]) - loop.made_anew
+        elif isinstance(node, ast.If):
+            own = binds(node)
+            tested = reads(ast.walk(node.test))
+            names |= {n for n in tested if 0 < own.count(n) == loop.binds.count(n)}
+    for name in sorted(name.removeprefix(".") for name in names) if loop.is_outermost else ():
+        if name not in asked and not re.search("time|elapsed", name):
+            yield f"`{name}` goes on from what it was; add {name} = obs.resume({name}={name})"
+
+
+def done_again(loop: ScriptLoop, asked: set[str]) -> Lack:
+    """By a resumed run, on its way to the loop within."""
+    first = math.inf if loop.is_innermost else min(loop.skips, default=math.inf)
+    counted = set() if any(called(node) == "resume" for node in loop.own) else asked
+    for node in loop.own:
+        if first < getattr(node, "lineno", 0) < loop.enters:
+            steps = (
+                called(node) == "step" and not node.args and "sched" in ast.unparse(node).lower()
+            )
+            if steps or (isinstance(node, ast.AugAssign) and counted & {*binds(node.target)}):
+                yield f"`{ast.unparse(node)}` is done again on the way back; put it behind the loop"
+
+
+LOOP_RULES = (without_skip, unpassed_next, not_carried, done_again)
+
+
+def asked_in_text(tree: Any) -> set[str]:
+    """What resume() and `carry` name there."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    carry = [k.value for call in calls for k in call.keywords if k.arg == "carry"]
+    given = [
+        node
+        for call in [*carry, *(c for c in calls if called(c) == "resume")]
+        for node in ast.walk(call)
+    ]
+    return reads(given) | {node.attr for node in given if isinstance(node, ast.Attribute)}
 
 
 # --- Which run is gone on with --------------------------------------------------------------------
@@ -3040,14 +3270,14 @@ def find_plan(run: Run, wish: str) -> Plan | None:
     if wish != "auto":
         path = Path(wish)
         if (path / "config.json").exists():
+            refuse_alive(path)
             return plan_of(path) or no_checkpoint(path)
         if (path / "state.json").exists():
             return Plan(None, path)
         return fork_from(path) or no_checkpoint(path)
     family_runs = members(out, family)
     for member in family_runs:
-        if alive(member):
-            raise RunError(f"{member} is being written by {writer_of(member)}; wait for its end")
+        refuse_alive(member)
     for member in family_runs:
         if (plan := plan_of(member)) is not None:
             return plan
@@ -3057,6 +3287,11 @@ def find_plan(run: Run, wish: str) -> Plan | None:
     # Of another tool, or of a run whose directory is gone.
     known = [config["id"] for _, config in runs_in(out)]
     return fork_from(script_dir() / run.saving.ckpt_dir, known)
+
+
+def refuse_alive(run_dir: Path) -> None:
+    if alive(run_dir):
+        os.close(lock_run(run_dir / ".lock"))  # which raises, and says who
 
 
 def no_checkpoint(path: Path) -> Plan:
@@ -3118,6 +3353,13 @@ def is_completed(run_dir: Path) -> bool:
     return False
 
 
+# What a file, its folder, or the machine may raise: at a wanted resume none of it means "begin".
+_REFUSALS = (
+    *(OSError, ObservabilityError, MemoryError, RuntimeError),
+    *(LookupError, TypeError, ValueError, AttributeError),
+)
+
+
 def as_checkpoint_error(error: BaseException) -> CheckpointError:
     if isinstance(error, CheckpointError):
         return error
@@ -3132,47 +3374,45 @@ class Decision:
     def __init__(self, run: Run) -> None:
         self._out = script_dir() / run.settings.out_dir
         names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
-        launch = "|".join(os.environ.get(name, "") for name in names)
+        launch = "|".join([run.header["family"], *(os.environ.get(name, "") for name in names)])
         self._path = self._out / f".launch-{zlib.crc32(launch.encode()):08x}.json"
-        self._run = run
 
-    def publish(self, checkpoint: Path | None, plan: Plan | None) -> None:
-        run_dir = plan and plan.run_dir
+    def publish(self, checkpoint: Path | None, directory: Path | None, refusal: str) -> None:
+        """What is resumed from, and where the run's checkpoints are to lie."""
         facts = {
-            "checkpoint": str(checkpoint or ""),
-            "run_dir": str(run_dir or ""),
-            "name": self._run.name,
-            **this_process(),
+            "refusal": refusal,
+            "checkpoint": checkpoint and os.path.abspath(checkpoint),
+            "directory": directory and os.path.abspath(directory),
+            "time": time.time(),
             "began": process_began(os.getpid()),
+            **this_process(),
         }
         make_dirs(self._out)
         replace_file(self._path, seal(facts))
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self) -> dict[str, Any]:
         """Of a process that lives: what an earlier launch has left is never believed."""
         with contextlib.suppress(OSError, DamageError):
             facts = read_sealed(self._path)
-            here = facts["host"] == platform.node()
-            if not here or process_began(facts["pid"]) == facts["began"] is not None:
-                return facts
-        return None
+            if facts["host"] == platform.node():
+                lives = process_began(facts["pid"]) == facts["began"] is not None
+            else:  # it cannot be asked; a script's processes are there before rank 0 decides
+                lives = facts["time"] > _IMPORTED - 60
+            return facts if lives else {}
+        return {}
 
-    def wait(self) -> Plan | None:
+    def wait_for(self, fact: str) -> dict[str, Any]:
         until = time.monotonic() + self.WAIT_S
-        while (facts := self._read()) is None:
+        while not ((facts := self._read()).get(fact) or facts.get("refusal")):
             if time.monotonic() > until:
                 raise CheckpointError(
                     f"rank 0 has not said within {self.WAIT_S:g} s what to resume "
                     f"from; does it call resume(), and is {self._out} shared?"
                 )
             time.sleep(0.02)
-        run_dir = Path(facts["run_dir"]) if facts["run_dir"] else None
-        return Plan(run_dir, Path(facts["checkpoint"])) if facts["checkpoint"] else None
-
-    def directory(self) -> Path:
-        """Of the checkpoints of the run that rank 0 writes."""
-        facts = self._read() or {}
-        return self._out / str(facts.get("name", "")) / "checkpoints"
+        if facts["refusal"]:
+            raise CheckpointError(facts["refusal"])
+        return facts
 
 
 def process_began(pid: int) -> str | None:
@@ -3512,7 +3752,7 @@ class SummedFile(io.RawIOBase):
 
 def write_file(path: Path, content: Any) -> dict[str, Any]:
     """Create `path`, durably, and return its entry in state.json."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         raw = SummedFile(fd)
         # The zip format has scraps for each tensor, and each would hand the GIL to and fro.
