@@ -2043,25 +2043,36 @@ def peaks() -> dict[str, float]:
 # --- JSON without secrets -------------------------------------------------------------------------
 
 _SECRET_NAME = (  # what a secret's name ends in
-    r"(?:token|secret|passw(?:or)?d|passphrase|pwd|credentials?|authorization|auth|bearer|jwt|dsn"
-    r"|cookie|signature|(?:api|access|private|secret|account|signing|encryption)[_-]?key(?:_?id)?)"
+    r"(?:token|secrets?|passw(?:or)?ds?|passphrase|(?<![a-z])pass|pwd|credentials?|auth|bearer|jwt"
+    r"|authorization|cookie|dsn|signature|(?<![a-z])sig"
+    r"|(?:api|access|private|secret|account|signing|encryption|ssh)[_-]?keys?(?:_?id)?)"
 )
 _SECRETS = {  # what a secret looks like wherever it stands, and what is left of it
-    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)": "",
+    r"-----BEGIN [A-Z ]*PRIVATE KEY[A-Z ]*-----.*?(?:-----END [A-Z ]*-----|$)": "",
     r"(?<=://)[^/\s'\"]*(?=@)": "",  # a URL's user and password
-    r"(?i)\b(bearer|basic) +[\w.~+/=-]{6,}": r"\1 ",
-    rf"(?i)(?<![\w-])([\w-]*{_SECRET_NAME}\d*[\"']?\s*[=:]\s*)"
-    r"(?:\"[^\"]*\"|'[^']*'|[^\s&;,\"'}<]+)": r"\1",
-    r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|AKIA|ASIA|AIza)[\w-]{8,}": "",
+    r"(?i)\b(bearer|basic) +[\w.~+/=-]{16,}": r"\1 ",
+    r"(?i)((?:authorization|cookie)\\*[\"']?\s*[=:]\s*)[^\r\n\"']+": r"\1",  # to the line's end
+    rf"(?i)(?<![\w-])([\w-]*{_SECRET_NAME}\d*\\*[\"']?\s*[=:]\s*)\\*"
+    r"(?:\w{0,2}(?:\"[^\"]*\"?|'[^']*'?)|[^\s&;,\"'}<]+)": r"\1",
+    r"\b(?:hf|gh[pousr])_[^\W_]{16,}|\b(?:github_pat_|glpat-|xox[abprs]-|AIza)[\w-]{8,}": "",
+    r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bsk-(?=[\w-]*\d)[\w-]{16,}": "",
     r"\beyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]*)?": "",  # a JSON web token
 }
 _PATTERNS = [(re.compile(p, re.DOTALL), f"{left}<redacted>") for p, left in _SECRETS.items()]
-_IS_SECRET = re.compile(rf"(?i)(?:.*[^a-z0-9])?[a-z0-9]*?{_SECRET_NAME}[_\d]*")
+_IS_SECRET = re.compile(rf"(?i)(?:.*[^a-z0-9])?[a-z0-9]*?{_SECRET_NAME}[_\d]*", re.DOTALL)
+_OF_A_TOKENIZER = re.compile(r"</?[\w|]+>|\[[A-Z]+\]|\d{1,6}")  # such as <pad>
+
+
+def is_secret(name: str, value: object) -> bool:
+    """By its name. A count of tokens is none, and no padding token; a password's digits are."""
+    if not _IS_SECRET.fullmatch(name) or not name.lower().endswith("token"):
+        return bool(_IS_SECRET.fullmatch(name))
+    return isinstance(value, str) and not _OF_A_TOKENIZER.fullmatch(value)
 
 
 def redacted(text: str, name: str = "") -> str:
     """The text without what looks like a secret; nothing of it under a secret's name."""
-    if name and _IS_SECRET.fullmatch(name):
+    if is_secret(name, text):
         return "<redacted>"
     for pattern, left in _PATTERNS:
         text = pattern.sub(left, text)
@@ -2083,8 +2094,8 @@ def to_json(value: Any, name: str = "", above: tuple[int, ...] = ()) -> Any:
             value = int(value) if isinstance(value, numbers.Integral) else float(value)
     if isinstance(value, float) and not math.isfinite(value):
         return json.dumps(value)
-    if isinstance(value, int | float):  # a count of tokens is no secret, a password's digits are
-        return value if name.lower().endswith("token") else redacted_number(value, name)
+    if isinstance(value, int | float):
+        return "<redacted>" if is_secret(name, value) else value
     items = items_of(value)
     if items is None:
         return redacted(shown(value), name)
@@ -2093,12 +2104,8 @@ def to_json(value: Any, name: str = "", above: tuple[int, ...] = ()) -> Any:
     above = (*above, id(value))
     if isinstance(items, list):
         return [to_json(each, name, above) for each in items]
-    secret = name if name and _IS_SECRET.fullmatch(name) else ""
+    secret = name if _IS_SECRET.fullmatch(name) else ""
     return {redacted(key): to_json(each, secret or key, above) for key, each in items.items()}
-
-
-def redacted_number(value: float, name: str) -> Any:
-    return "<redacted>" if name and _IS_SECRET.fullmatch(name) else value
 
 
 def items_of(value: Any) -> dict[str, Any] | list[Any] | None:
@@ -4134,7 +4141,7 @@ class Saver:
         return self._thread is None or not self._thread.is_alive()
 
     def _start(self, job: Callable[[], Any], complaint: str, *, hurry: bool = False) -> None:
-        def run() -> None:
+        def run(*, hurry: bool = hurry) -> None:
             if not hurry and sys.platform == "linux":  # where niceness is a thread's own
                 with contextlib.suppress(OSError):  # the writer takes what time the loop leaves
                     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
@@ -4146,8 +4153,12 @@ class Saver:
                 self._fail(complaint, error)
 
         # A daemon: a disk that hangs must not hold up the end of the script; `wait` is for that.
-        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        try:
+            thread.start()
+            self._thread = thread
+        except RuntimeError:  # no thread is to be had: in the loop, then
+            run(hurry=True)
 
     def _fail(self, complaint: str, error: Exception) -> None:
         self.failed += 1
