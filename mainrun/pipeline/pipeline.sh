@@ -15,7 +15,8 @@ Exported to it; a script that observability.py observes reads those below the li
   RESUME_FROM     the newest whole checkpoint, for a script that resumes by itself; empty at first
   PYTHONPATH      ends in mainrun/, where observability.py is
   ---
-  OBS_RESUME      the run to go on in, which is STAGE_OUT when that has a whole checkpoint; or never
+  OBS_RESUME      STAGE_OUT, the run to go on in, when there is a whole checkpoint; the checkpoint
+                  itself, when the script has its run elsewhere; or never
   OBS_CKPT_DIR    where to save: out/<stage>/checkpoints
   OBS_WEIGHTS     the plain weights to keep beside them: out/<stage>_<hidden>.pth
   SAVE_INTERVAL   optimizer steps between two checkpoints; auto
@@ -26,15 +27,17 @@ Other variables, with what they are by default:
   HIDDEN          64, the width in the name of the weights
   OUT_DIR         mainrun/out; PRETRAIN_OUT, SFT_OUT, … for the directory of one stage
   PYTHON          python3
-  TB_AUTO, TB_HOST, TB_PORT, TF_DIR   1, 127.0.0.1, 6006, mainrun/logs/tb: TensorBoard, as long
-                  as the pipeline runs; none with TB_AUTO=0 or an empty TF_DIR
+  TB_AUTO, TB_HOST, TB_PORT, TF_DIR   1, 127.0.0.1, 6006, mainrun/logs/tb (OUT_DIR/tb where that
+                  is given): TensorBoard, as long as the pipeline runs; none with TB_AUTO=0 or an
+                  empty TF_DIR
 
 A second pipeline in the same OUT_DIR is refused as long as the first one runs."
 set -uo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) MAINRUN=${HERE%/*}
 absolute() { case $1 in "" | /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
-OUT_DIR=$(absolute "${OUT_DIR:-$MAINRUN/out}") TF_DIR=$(absolute "${TF_DIR-$MAINRUN/logs/tb}")
+TF_DIR=$(absolute "${TF_DIR-${OUT_DIR:-$MAINRUN/logs}/tb}")
+OUT_DIR=$(absolute "${OUT_DIR:-$MAINRUN/out}")
 PYTHON=${PYTHON:-python3} HIDDEN=${HIDDEN:-64}
 SAVE_INTERVAL=${SAVE_INTERVAL:-auto} KEEP_LAST=${KEEP_LAST:-3} child="" tensorboard=""
 TB_AUTO=${TB_AUTO:-1} TB_HOST=${TB_HOST:-127.0.0.1} TB_PORT=${TB_PORT:-6006}
@@ -92,7 +95,7 @@ os.ftruncate(9, 0); os.write(9, sys.argv[1].encode())' "$$")
 train() {
   STAGE=$1 STAGE_OUT=$(out_of "$1")
   if [[ -e $STAGE_OUT/done ]]; then
-    say "$STAGE is done; delete $STAGE_OUT to train it again"
+    say "$STAGE is done; to train it again: $PYTHON $MAINRUN/observability.py rm $STAGE_OUT"
     [[ ! $INIT_WEIGHTS -nt $STAGE_OUT/done ]] ||
       say "warning: $STAGE was trained from older weights than $INIT_WEIGHTS"
     return
@@ -102,10 +105,12 @@ train() {
   RESUME_FROM=$(latest_ckpt "$OBS_CKPT_DIR") || exit 2
   if [[ -n $RESUME_FROM ]]; then
     OBS_RESUME=$STAGE_OUT
+    [[ -e $STAGE_OUT/config.json ]] || OBS_RESUME=$RESUME_FROM
     say "$STAGE goes on from $RESUME_FROM"
   else
     OBS_RESUME=never
     set_aside
+    refuse_anothers_events "${TF_DIR:-$MAINRUN/logs/tb}/${STAGE_OUT##*/}"
     say "$STAGE begins from ${INIT_WEIGHTS:-scratch}"
   fi
   export STAGE STAGE_OUT INIT_WEIGHTS RESUME_FROM OBS_RESUME OBS_CKPT_DIR OBS_WEIGHTS
@@ -125,6 +130,12 @@ try:
   home.save_config({"run": aside, "tb_dir": os.path.relpath(there, run)})
 except (OSError, obs.DamageError): pass  # it was killed at its very beginning
 run.rename(run.with_name(aside))' "$STAGE_OUT"
+}
+
+# Of a run that was deleted without them, or in another OUT_DIR: the new one would get another name.
+refuse_anothers_events() {
+  ! compgen -G "$1/*.obs" >/dev/null || fail 2 "$1 has the events of another run; remove it," \
+    "or give this pipeline a TF_DIR of its own"
 }
 
 # Behind, because bash lets a signal wait until the command in front has ended.

@@ -275,6 +275,61 @@ def test_a_stage_killed_before_its_first_checkpoint_begins_anew_under_its_name(e
         assert Path(run, read_json(run / "config.json")["tb_dir"]).resolve().name == run.name
 
 
+def test_a_stage_that_is_removed_as_the_pipeline_says_is_trained_again(before_dpo):
+    place, events = before_dpo, before_dpo.folder / "tb" / "sft"
+    place.environment["STAGES"] = "pretrain sft"
+    [remove] = re.findall(r"sft is done; to train it again: (.+)", place.run().stdout)
+    subprocess.run(remove.split(), check=True)
+    assert place.run().returncode == 0
+    assert {path.name for path in place.out.glob("sft*")} == {"sft", "sft_16.pth"}
+    shutil.rmtree(place.out / "sft")  # and not its events
+    refused = place.run()
+    assert refused.returncode == 2
+    assert f"{events} has the events of another run; remove it" in refused.stderr
+
+
+# Observed, by a name of its own and in a folder of its own; it dies once, in the middle.
+TUNE = """
+import os, pathlib, signal, torch
+import observability as obs
+torch.manual_seed(3)
+model = torch.nn.Linear(3, 1)
+opt = torch.optim.Adam(model.parameters(), lr=0.1)
+obs.init("tuned")
+obs.watch(model, optimizer=opt)
+step = obs.resume(step=0)
+dies = pathlib.Path(__file__).with_name("dies")
+while step < 9:
+    loss = model(torch.randn(8, 3)).square().mean()
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+    step += 1
+    obs.step(step, loss=loss)
+    obs.current_run().settle()
+    if step == 5 and dies.exists():
+        dies.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+obs.finish()
+"""
+
+
+def test_an_observed_script_that_names_its_own_run_is_gone_on_with(place):
+    script = place.folder / "own" / "tune.py"
+    script.parent.mkdir()
+    script.write_text(TUNE)
+    place.environment |= {"STAGES": "sft", "SAVE_INTERVAL": "1", "SFT": f'"$PYTHON" "{script}"'}
+    assert place.run(OUT_DIR=str(place.folder / "whole")).returncode == 0
+    (script.parent / "dies").touch()
+    assert place.run().returncode == 137
+    done = place.run()
+    assert done.returncode == 0, done.stderr
+    assert "sft goes on from" in done.stdout
+    assert bits(place.out / "sft_64.pth") == bits(place.folder / "whole" / "sft_64.pth")
+    ended = script.parent.glob("out/*/results.json")
+    assert [read_json(path)["steps"] for path in ended] == [9, 9]
+
+
 def kill_the_stage(pipeline: int) -> None:
     children = subprocess.run(
         ["ps", "-o", "pid=,args=", "--ppid", str(pipeline)],
