@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
-from conftest import MAINRUN, ROOT
+from conftest import MAINRUN, ROOT, python, read_json
 
 import observability as obs
+import observability_tools as tools
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -47,15 +50,20 @@ def table(heading):
 
 @pytest.fixture(scope="module")
 def own_folder(tmp_path_factory):
-    """The folder of a reader who copied the file, saved the script beside it and ran it."""
+    """The folder of a reader who copied the files, saved the script beside them and ran it."""
     folder = tmp_path_factory.mktemp("own")
-    shutil.copy(MAINRUN / "observability.py", folder)
-    [script] = blocks("python")
-    (folder / "fit.py").write_text(script)
+    copy_files(folder)
     for line, output in shown():
         if line.startswith("python "):
             assert form(run(line, folder)) == form(output), line
     return folder
+
+
+def copy_files(folder):
+    for name in ("observability.py", "observability_tools.py"):
+        shutil.copy(MAINRUN / name, folder)
+    [script] = blocks("python")
+    (folder / "fit.py").write_text(script)
 
 
 def run(line, folder):
@@ -82,15 +90,47 @@ def test_the_script_without_its_marked_lines_needs_nothing_of_ours(tmp_path):
     assert "obs" not in "".join(kept)
 
 
+STEP = re.compile(r"^( +)obs\.step\(.*\n", re.MULTILINE)
+
+
+def test_the_script_of_the_readme_goes_on_to_the_same_end_after_a_kill(tmp_path):
+    """Killed behind a step in the middle, when it has a checkpoint."""
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        copy_files(tmp_path / name)
+    script = tmp_path / "killed" / "fit.py"
+    whole = script.read_text()
+    [step] = STEP.finditer(whole)
+    kill = f"{step[1]}if (run := obs.current_run()).steps == 10: run.settle(), os.kill(0, 9)\n"
+    script.write_text(f"import os\n{whole[: step.end()]}{kill}{whole[step.end() :]}")
+    environment = {**os.environ, "SAVE_INTERVAL": "1", "OBS_RESUME": "auto"}
+    options = {"cwd": script.parent, "env": environment, "start_new_session": True}
+    assert python("fit.py", **options).returncode == -signal.SIGKILL
+    script.write_text(whole)
+    for folder in (tmp_path / "whole", tmp_path / "killed"):
+        done = python("fit.py", cwd=folder, env=environment)
+        assert done.returncode == 0, done.stderr
+    ended = [read_json(tmp_path / name / "out/fit/results.json") for name in ("whole", "killed")]
+    assert re.search(r"resume at step \d", done.stderr)
+    assert "exact" not in done.stderr
+    for fact in ("steps", "final_train_loss", "final_val_loss", "best_val_loss"):
+        assert ended[0][fact] == ended[1][fact], fact
+    curves = [
+        [(r["step"], r["metrics"]["loss/train"]) for r in records if "loss/train" in r["metrics"]]
+        for records in (obs.read_run(tmp_path / name / "out/fit") for name in ("whole", "killed"))
+    ]
+    assert curves[0] == curves[1]
+
+
 def test_the_tree_of_a_run_is_what_a_run_leaves(own_folder):
     tree, _ = blocks("text")
     for line in tree.splitlines():
         name = line.split()[0]
         if name.startswith("logs/tb/"):
-            assert list((own_folder / "logs" / "tb").glob("fit_*/events.out.tfevents.*"))
+            assert list((own_folder / name).glob("events.out.tfevents.*"))
         elif name != "out/fit/":
             assert (own_folder / "out" / "fit" / name).exists()
-    left = {path.name for path in (own_folder / "out" / "fit").iterdir()}
+    left = {path.name for path in (own_folder / "out" / "fit").iterdir() if path.name[0] != "."}
     assert left == {line.split()[0] for line in tree.splitlines()[2:]}
 
 
@@ -110,13 +150,8 @@ def test_make_alone_lists_the_targets():
 
 
 def test_every_command_of_the_drop_in_is_described():
-    with_help = subprocess.run(
-        [sys.executable, MAINRUN / "observability.py", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    commands = re.findall(r"^    ([a-z]+) ", with_help, re.MULTILINE)
+    with_help = python(MAINRUN / "observability.py", "--help").stdout
+    commands = re.findall(r"^    ([a-z]+)(?: |$)", with_help, re.MULTILINE)
     described = [cells[0].strip("`").split()[0] for cells in table("What you get")]
     assert described[1:] == commands
 
@@ -130,10 +165,10 @@ def output_of(command):
 
 
 def test_make_train_is_quoted_with_the_verdict_that_parity_gives():
-    baseline = obs.read_curve(ROOT / "tests/baselines/baseline_small.log")
+    baseline = tools.read_curve(ROOT / "tests/baselines/baseline_small.log")
     log, end = "mainrun/logs/mainrun.log", max(baseline.points)
-    own = obs.parity(baseline, baseline, 0, 0)
-    assert form(f"{log} {obs._sentence(own)}")[0] in form(output_of("make train"))
+    own = tools.parity(baseline, baseline, 0, 0)
+    assert form(f"{log} {tools.sentence(own)}")[0] in form(output_of("make train"))
     verdict = r"all (\d+) points.* at step (\d+): ([\d.]+) here, ([\d.]+) in"
     [(points, step, got, expected)] = re.findall(verdict, output_of("make train"))
     assert (int(points), int(step)) == (len(baseline.points), end)
@@ -156,7 +191,7 @@ BASELINES = ["baseline.log", *(f"tests/baselines/{p.name}" for p in ROOT.glob("t
 @pytest.mark.parametrize("name", BASELINES)
 def test_the_baselines_are_told_with_their_own_tolerances(name):
     [row] = [cells for cells in table("Baselines") if cells[0] == f"`{name}`"]
-    curve = obs.read_curve(ROOT / name)
+    curve = tools.read_curve(ROOT / name)
     assert [float(number) for number in row[3].split(",")] == [
         curve.about["tolerance"],
         curve.about["tolerance_last"],
@@ -167,9 +202,9 @@ def test_the_baselines_are_told_with_their_own_tolerances(name):
 
 
 def test_the_drift_is_told_as_the_baselines_have_it():
-    small = obs.read_curve(ROOT / "tests/baselines/baseline_small.log").about["drift"]
+    small = tools.read_curve(ROOT / "tests/baselines/baseline_small.log").about["drift"]
     assert f"the small one by at most {small['cuda']}" in README
-    points = obs.read_curve(ROOT / "baseline.log").points
+    points = tools.read_curve(ROOT / "baseline.log").points
     assert f"{points[max(points)]:.4f} at the end" in README
 
 
@@ -183,7 +218,7 @@ def test_every_promise_names_a_test_that_exists(cells):
 
 def test_every_setting_is_told_with_its_default():
     told = {cells[0].split("`")[1]: cells for cells in table("Settings")[1:]}
-    for name, default in vars(obs.Settings()).items():
+    for name, default in {**vars(obs.Settings()), **vars(obs.SaveSettings())}.items():
         cells = told[f"OBS_{name.upper()}"]
         known = cells[2] if isinstance(default, str) else float(cells[2])
         assert (cells[1].strip("`"), known) == (name, "none" if default == "" else default)
