@@ -511,10 +511,12 @@ def test_a_journal_that_is_taken_away_is_begun_anew(open_run, run_dir, capfd, ho
     assert read_json(run_dir / "run_manifest.json")["degraded"] == {}
 
 
-def test_a_run_whose_directory_is_taken_away_goes_on_and_says_so(open_run, run_dir, capfd):
+def test_a_run_whose_directory_is_taken_away_goes_on_and_says_so(
+    open_run, run_dir, tmp_path, capfd
+):
     open_run(drain_interval=0.01)
     obs.step(1, loss=1.0)
-    shutil.rmtree(run_dir)
+    run_dir.rename(tmp_path / "elsewhere")
     said = ""
     while "removed or replaced" not in said:
         said += capfd.readouterr().err
