@@ -2805,13 +2805,14 @@ class CallSiteChecks:
     def __init__(self, watched: Watched, loop: Loop, carried: CarriedLocals) -> None:
         self.seen = False  # the first step
         self.reads_behind = False  # the script, behind the loop over batches, what it left
+        self.root: tuple[Any, int] = (None, 0)  # the function and the line that called resume()
         self._watched, self._loop, self._carried = watched, loop, carried
         self._notes: list[str] = []
-        self.root: tuple[Any, int] = (None, 0)  # the function and the line that called resume()
         self._made_anew: set[str] = set()  # by each iteration
-        self._epochs_own: set[str] = set()  # made anew by each iteration of the loops around that
-        self._in_sight: dict[str, Callable[[], Any]] = {}  # weakly: to look keeps nothing alive
-        self._first: dict[str, Any] = {}  # prints of states, as of the first look
+        self._epochs_own: set[str] = set()  # made anew by each iteration of a loop around that one
+        self._known = Known({kind: [] for kind in KINDS})
+        self._probes: dict[tuple[str, int], list[Probe]] = {}
+        self._first: dict[Any, Any] = {}  # what a probe read first
         self._stepped: dict[int, Callable[[], Any]] = {}
         self._hook: Any = None
         self._epoch: Any = None  # as of the last look
@@ -2831,8 +2832,8 @@ class CallSiteChecks:
         things = in_sight(frames, set())
         for kind, _, thing in [*unwatched(self._watched, things)]:
             self._watched[kind].append(thing)
-        for name in (path for path, thing in things.items() if is_iterator(thing)):
-            self.note(f"`{name}` was made before resume(); call resume() before iter()")
+        for path in (path for path, thing in things.items() if is_iterator(thing)):
+            self.note(f"`{path}` was made before resume(); call resume() before iter()")
 
     def see_at_step(self) -> None:
         from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -2840,10 +2841,9 @@ class CallSiteChecks:
         self._hook = self._hook or register_optimizer_step_post_hook(self._note_stepped)
         if self.root[0] is None:
             self.note("resume() is never called; add obs.resume() before the loop")
-        frames, asked = script_frames(self.root[0]), {*self._carried.asked, *self._carried.given}
-        for name in {frame.f_code.co_filename for frame in frames}:
-            asked |= asked_in_text(parsed_file(name))
-        loops = script_loops(frames, self.root)
+        self._known = Known(self._watched)
+        frames = script_frames(self.root[0])
+        loops, asked = script_loops(frames, self.root, {*self._carried.asked, *self._carried.given})
         for loop in loops:
             names = self._made_anew if loop.is_innermost else self._epochs_own
             names |= loop.made_anew
@@ -2856,47 +2856,44 @@ class CallSiteChecks:
         self._stepped[id(optimizer)] = weakly(optimizer)
 
     def look(self, frames: Sequence[types.FrameType]) -> None:
-        """On the loop's thread: only who is there, and how far the loaders are."""
+        """On the loop's thread: who is there, and how far the loaders are."""
         things = in_sight(frames, self._made_anew)
-        self._in_sight = {path: weakly(thing) for path, thing in things.items()}
-        self._epoch = self._loop.epoch
+        self._epoch, loop = self._loop.epoch, self._loop
         began = self._first.setdefault("the first epoch", self._epoch)
         for path, thing in things.items():
             lives_on = getattr(thing, "_iterator", None)  # of a loader whose workers persist
             reader = thing if is_iterator(thing) else lives_on
-            elsewhere = reader and reader._num_yielded - self._loop.batches not in (0, 1)
+            elsewhere = reader and reader._num_yielded - loop.batches not in (0, 1)
             if lives_on and (elsewhere or self._epoch != began):
                 self.note(f"the workers of `{path}` live on; give it persistent_workers=False")
             elif elsewhere:
                 self.note(place_not_kept(path))
+        stepped = [optimizer for get in self._stepped.values() if (optimizer := get())]
+        for sentence in missing_in_watch(self._watched, things, stepped, self._known):
+            self.note(sentence)
+        before, self._probes = self._probes, {}
+        for path, thing in [*things.items(), *self._known.models.items()]:
+            at = (path, id(thing))  # to look through a large model takes milliseconds
+            self._probes[at] = before.get(at) or [*probes(path, thing, self._known)]
 
     def report(self) -> dict[str, Any]:
         """For state.json, at each save."""
-        self.compare(at_a_save=True)
+        self.compare()
         return {"inexact": self._notes}
 
     @fenced
-    def compare(self, *, at_a_save: bool = False) -> None:
-        """Behind the loop, for to print a state may wait for its device."""
-        there = [(path, get()) for path, get in self._in_sight.items()]
-        things = {path: thing for path, thing in there if thing is not None}
-        for state in states(self._watched, things):
-            of_epoch = re.split(r"\W", state.path)[0] in self._epochs_own
-            key = f"{state.path} {self._epoch if of_epoch else None}"
-            has_moved = self._first.setdefault(key, state.print) != state.print
-            if has_moved and not state.is_given(self._made_anew):
-                self.note(f"`{state.path}` moves and is in no checkpoint; {state.advice}")
-        if at_a_save:
-            stepped = [optimizer for get in self._stepped.values() if (optimizer := get())]
-            for sentence in missing_in_watch(self._watched, things, stepped):
-                self.note(sentence)
+    def compare(self) -> None:
+        """Behind the loop, for to read a state may wait for its device."""
+        for probe in [probe for some in self._probes.values() for probe in some]:
+            of_epoch = re.split(r"\W", probe.path)[0] in self._epochs_own
+            at, now = (probe.path, self._epoch if of_epoch else None), probe.read()
+            moves = now not in (None, []) and self._first.setdefault(at, now) != now
+            if moves and not probe.is_given(self._made_anew):
+                self.note(f"`{probe.path}` moves and is in no checkpoint; {probe.advice}")
 
 
 def weakly(value: Any) -> Callable[[], Any]:
-    """Of a collection of tensors the first few."""
-    if tensors := collected(value):
-        few = [weakref.ref(tensor) for tensor in tensors]
-        return lambda: [tensor for get in few if (tensor := get()) is not None]
+    """To look keeps nothing alive."""
     try:
         return weakref.ref(value)
     except TypeError:  # of a kind that cannot be; it is small
@@ -2918,63 +2915,65 @@ def script_frames(root: Any = None) -> list[types.FrameType]:
 
 def in_sight(frames: Sequence[types.FrameType], without: set[str]) -> dict[str, Any]:
     """What has a state, by the names that lead there, the shortest first."""
-    kinds, found, seen = kinds_to_see(), dict[str, Any](), set[int]()
+    found, seen = dict[str, Any](), set[int]()
     names = {name: value for frame in reversed(frames) for name, value in names_in(frame).items()}
-    todo = deque((name, value, 3) for name, value in names.items() if name not in without)
+    todo = deque((name, value, 3) for name, value in names.items())
     while todo and len(seen) < 5000:
         path, value, depth = todo.popleft()
-        if id(value) in seen:
+        if id(value) in seen or path in without:
             continue
         seen.add(id(value))
-        if isinstance(value, kinds) or collected(value) or is_iterator(value) or drives(value):
+        if has_state(value):
             found[path] = value
         if depth:
-            todo.extend((path + name, part, depth - 1) for name, part in parts_of(value, without))
+            todo.extend((path + name, part, depth - 1) for name, part in parts_of(value))
     return found
 
 
-def kinds_to_see() -> tuple[type, ...]:
-    """Generators, and the classes of torch that have state; as far as they are imported."""
-    torch, numpy = torch_module(), sys.modules.get("numpy")
-    data, optim = torch.utils.data, torch.optim
-    own: tuple[type, ...] = (
-        random.Random,
-        torch.Generator,
-        torch.nn.Module,
-        torch.amp.GradScaler,
-        optim.Optimizer,
-    )
-    own += (data.DataLoader, data.Dataset, data.Sampler, optim.lr_scheduler.LRScheduler)
-    return own + ((numpy.random.Generator, numpy.random.RandomState) if numpy else ())
+def has_state(value: Any) -> bool:
+    """By its class: to ask the object itself may run a stranger's property."""
+    names = ("state_dict", "bit_generator", "getstate", "get_state")
+    known = any(hasattr(type(value), name) for name in names) or is_data(value, "DataLoader")
+    return known or is_iterator(value) or bool(collected(value)) or drives(value)
 
 
-def parts_of(value: Any, without: set[str]) -> Iterator[tuple[str, Any]]:
-    """Of a loader, of a collection, and of an object of a class that is the script's."""
+def parts_of(value: Any) -> Iterator[tuple[str, Any]]:
+    """Of a collection, of what feeds a loop, and of the script's own objects."""
     if isinstance(value, dict | list | tuple):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         yield from ((f"[{key!r}]", part) for key, part in itertools.islice(pairs, 64))
-    elif isinstance(value, torch_module().utils.data.DataLoader):
-        names = ["generator", "sampler", "batch_sampler", *["dataset"] * (not value.num_workers)]
-        yield from ((f".{name}", getattr(value, name)) for name in names)
-    elif is_of_the_script(type(value).__module__) and not isinstance(value, type):
-        for name, part in list(getattr(value, "__dict__", {}).items()):
-            if f".{name}" not in without and not (name[0] == "_" and hasattr(value, "forward")):
+    elif is_of_the_script(value) or is_data(value, "DataLoader", "Sampler", "Dataset"):
+        is_model = hasattr(type(value), "forward")
+        for name, part in list(vars(value).items()):
+            if not (is_model and name[0] == "_"):  # those are its parameters and modules
                 yield f".{name}", part
 
 
-def is_of_the_script(module: str) -> bool:
+def is_of_the_script(value: Any) -> bool:
+    module = type(value).__module__
     root = module.partition(".")[0]
-    is_known = root in ("torch", "numpy") or (root in sys.stdlib_module_names and root[0] != "_")
-    return module.startswith("torch.utils.data") or not (is_known or module == __name__)
+    known = root in ("torch", "numpy") or (root in sys.stdlib_module_names and root != "__main__")
+    return hasattr(value, "__dict__") and not (known or module == __name__)
+
+
+def is_data(value: Any, *kinds: str) -> bool:
+    return isinstance(value, tuple(getattr(torch_module().utils.data, kind) for kind in kinds))
 
 
 def is_iterator(value: Any) -> bool:
     return type(value).__name__.endswith("DataLoaderIter")
 
 
+def is_generator(value: Any) -> bool:
+    return any(hasattr(value, name) for name in ("bit_generator", "getstate", "get_state"))
+
+
 def drives(value: Any) -> bool:
-    """Whether it is a schedule of the script's own."""
-    return "optimizer" in getattr(value, "__dict__", ()) and hasattr(type(value), "step")
+    """Whether the script's own object gives batches, or makes a schedule."""
+    gives = ("__iter__", "__next__", "__getitem__", "next_batch", "get_batch")
+    schedules = hasattr(type(value), "step") and "optimizer" in getattr(value, "__dict__", ())
+    does = schedules or any(hasattr(type(value), name) for name in gives)
+    return does and is_of_the_script(value)
 
 
 def collected(value: Any) -> list[Any]:
@@ -2988,169 +2987,188 @@ def collected(value: Any) -> list[Any]:
 # What should be watched.
 
 
+class Known:
+    """What is watched, when the first step is made."""
+
+    def __init__(self, watched: Watched) -> None:
+        models = [model for model in watched["model"] if hasattr(model, "named_modules")]
+        self.models = {f"{type(m).__name__}{at or ''}": m for at, m in enumerate(models)}
+        tensors = [tensor for model in models for tensor in tensors_of(model)]
+        self.shapes = {tensor.shape for tensor in tensors}
+        things = (each for kind in KINDS for each in watched[kind])
+        self.ids = {id(each) for thing in things for each in (thing, inner(thing))}
+        self.ids |= {*map(id, tensors)}
+
+
 def unwatched(watched: Watched, things: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """The kind, the name and the thing, of what has a place in watch() and is none of a model."""
-    known = {id(thing) for kind in KINDS for each in watched[kind] for thing in (each, inner(each))}
+    """The kind, the name and the thing, of what fits into watch() beside models."""
+    known = {id(each) for kind in KINDS for t in watched[kind] for each in (t, inner(t))}
     every = [*watched["scheduler"], *things.values()]
-    driven = {id(each) for thing in every for each in getattr(thing, "_schedulers", ())}
+    known |= {id(part) for thing in every for part in getattr(thing, "_schedulers", ())}
     for path, thing in things.items():
-        if id(thing) in known or id(thing) in driven or isinstance(thing, list):
+        if id(thing) in known or id(inner(thing)) in known:
             continue
         if is_generator(thing):
             yield "generator", path, thing
-        elif not hasattr(thing, "load_state_dict"):
-            continue
-        elif hasattr(thing, "param_groups") and id(inner(thing)) not in known:
-            yield "optimizer", path, thing
-        elif hasattr(thing, "last_epoch"):
-            yield "scheduler", path, thing
-        elif hasattr(thing, "unscale_") and thing.is_enabled():
-            yield "scaler", path, thing
+        for kind, mark in _MARKS.items() if hasattr(thing, "load_state_dict") else ():
+            if hasattr(thing, mark) and getattr(thing, "_enabled", True):
+                yield kind, path, thing
+
+
+_MARKS = {"optimizer": "param_groups", "scheduler": "last_epoch", "scaler": "unscale_"}
 
 
 def missing_in_watch(
-    watched: Watched, things: Mapping[str, Any], stepped: Sequence[Any]
+    watched: Watched, things: Mapping[str, Any], stepped: Sequence[Any], known: Known
 ) -> Iterator[str]:
-    if not any(watched.values()):
-        yield "nothing is watched; add obs.watch(model, optimizer=…)"
+    if not watched["model"]:
+        yield "no model is watched; add obs.watch(model, optimizer=…)"
     optimizers = [inner(optimizer) for optimizer in watched["optimizer"]]
     for optimizer in stepped:
         if not any(optimizer is each for each in optimizers):
             yield f"an unwatched {type(optimizer).__name__} steps; add it to watch(optimizer=[…])"
-    found = {path: kind for kind, path, _ in unwatched(watched, things)}
-    for path, kind in found.items():
+    found = [(kind, path) for kind, path, _ in unwatched(watched, things)]
+    for kind, path in found:
         if kind in ("scheduler", "scaler"):
             yield f"`{path}` is not watched; add watch({kind}={path}) before resume()"
     driven = {id(inner(getattr(each, "optimizer", None))) for each in watched["scheduler"]}
-    for optimizer in () if "scheduler" in found.values() else optimizers:
+    for optimizer in () if "scheduler" in dict(found) else optimizers:
         step = getattr(optimizer, "step", None)
         if hasattr(step, "_wrapped_by_lr_sched") and id(optimizer) not in driven:
             yield "a scheduler drives the optimizer and is not watched; add watch(scheduler=…)"
-    models = {id(p) for model in watched["model"] for p in model.parameters()}
     groups = [group for each in optimizers for group in getattr(each, "param_groups", ())]
-    if lost := sum(id(p) not in models for group in groups for p in group["params"]):
+    if lost := sum(id(p) not in known.ids for group in groups for p in group["params"]):
         yield f"{lost} parameters of the optimizer are in no watched model; watch that too"
 
 
 def inner(optimizer: Any) -> Any:
     """The optimizer within a wrapper of accelerate, of a scaler, or of the script."""
     while not hasattr(optimizer, "last_epoch"):
-        within = getattr(optimizer, "optimizer", None)
-        if within is None:
+        if (within := getattr(optimizer, "optimizer", None)) is None:
             break
         optimizer = within
     return optimizer
 
 
-def is_generator(thing: Any) -> bool:
-    return any(hasattr(thing, name) for name in ("bit_generator", "getstate", "get_state"))
-
-
 # What moves.
 
 
-class State(NamedTuple):
-    """Of something that no checkpoint has."""
+class Probe(NamedTuple):
+    """Reads a state that no checkpoint has; None or nothing where it is gone."""
 
     path: str
-    print: Any
+    read: Callable[[], Any]
     advice: str
     kind: type = object  # for an attribute, of what
     name: str = ""
 
     def is_given(self, made_anew: set[str]) -> bool:
-        """Whether the attribute is set anew by the script, or by a method before it reads it."""
+        """Whether the attribute comes from the script, and not from what it was before."""
+        if not self.name or any(path.endswith(f".{self.name}") for path in made_anew):
+            return bool(self.name)
         functions = [f for c in self.kind.__mro__ for n, f in vars(c).items() if n != "__init__"]
-        first = []
-        for code in (f.__code__ for f in functions if isinstance(f, types.FunctionType)):
-            uses = (i.opname for i in dis.get_instructions(code) if i.argval == self.name)
-            first += [*itertools.islice((use for use in uses if use.endswith("_ATTR")), 1)]
-        return f".{self.name}" in made_anew or "STORE_ATTR" in first
+        codes = [f.__code__ for f in functions if isinstance(f, types.FunctionType)]
+        uses = [[i.opname for i in dis.get_instructions(c) if i.argval == self.name] for c in codes]
+        return not any(ops[:1] == ["LOAD_ATTR"] and "STORE_ATTR" in ops for ops in uses)
 
 
-def states(watched: Watched, things: Mapping[str, Any]) -> Iterator[State]:
-    tensors = [tensor for model in watched["model"] for tensor in tensors_of(model)]
-    known, shapes = {*map(id, [*tensors, *watched["generator"]])}, {t.shape for t in tensors}
-    for path, thing in things.items():
-        if isinstance(thing, list):  # as weakly() gives a collection of tensors
-            if thing and all(t.shape in shapes and id(t) not in known for t in thing):
-                yield State(path, printed(thing), "keep it in a Module, and watch that")
-        elif is_generator(thing) and id(thing) not in known:
-            yield State(path, generator_state(thing), f"add watch(generator={path})")
-        elif hasattr(thing, "named_buffers"):
-            if own := [tensor for tensor in tensors_of(thing) if id(tensor) not in known]:
-                yield State(path, printed([*own[:3], own[-1]]), f"add obs.watch({path})")
-        elif not hasattr(thing, "load_state_dict"):
-            yield from numbers_of(path, thing)
-    for model in watched["model"]:
-        for path, module in model.named_modules(prefix=type(model).__name__):
-            yield from numbers_of(path, module)
+def probes(path: str, thing: Any, known: Known) -> Iterator[Probe]:
+    if id(thing) in known.ids:
+        for at, module in thing.named_modules(prefix=path) if path in known.models else ():
+            yield from numbers_of(at, module)
             for name in module._non_persistent_buffers_set & module._buffers.keys():
-                if (buffer := module._buffers[name]) is not None:
-                    yield State(f"{path}.{name}", printed([buffer]), "make it a persistent buffer")
+                few = values_of([module._buffers[name]])
+                yield Probe(f"{at}.{name}", few, "make it a persistent buffer")
+    elif is_generator(thing):
+        yield Probe(path, generator_reader(thing), f"add watch(generator={path})")
+    elif hasattr(type(thing), "named_buffers"):
+        if own := [tensor for tensor in tensors_of(thing) if id(tensor) not in known.ids]:
+            yield Probe(path, values_of([*own[:3], own[-1]]), f"add obs.watch({path})")
+    elif tensors := collected(thing):
+        if all(t.shape in known.shapes and id(t) not in known.ids for t in tensors):
+            yield Probe(path, values_of(tensors), "keep it in a Module, and watch that")
+    elif drives(thing) or is_data(thing, "Sampler", "Dataset"):
+        yield from numbers_of(path, thing)
 
 
-def numbers_of(path: str, thing: Any) -> Iterator[State]:
+def numbers_of(path: str, thing: Any) -> Iterator[Probe]:
+    get, advice = weakly(thing), "carry it, or make it a buffer of a watched model"
     for name, value in list(getattr(thing, "__dict__", {}).items()):
-        if hasattr(value, "tolist") and getattr(value, "ndim", 0) == 1:
-            value = value[:4].tolist()
-        if type(value) is list:  # one that only grows keeps its first
-            value = tuple(value[:4]) if len(value) > 3 else None
-        few = value if isinstance(value, tuple) else (value,)
-        if few and all(type(each) in (int, float) for each in few):
-            advice = "carry it, or make it a buffer of a watched model"
-            yield State(f"{path}.{name}", value, advice, type(thing), name)
+        if type(value) in (int, float):
+            read = functools.partial(lambda name: getattr(get(), "__dict__", {}).get(name), name)
+            yield Probe(f"{path}.{name}", read, advice, type(thing), name)
+
+
+def generator_reader(generator: Any) -> Callable[[], Any]:
+    get = weakly(generator)
+    return lambda: (
+        (there := get()) and str(getattr(s := generator_state(there), "tolist", lambda: s)())
+    )
+
+
+def values_of(tensors: Sequence[Any]) -> Callable[[], Any]:
+    """A few of each."""
+    refs = [weakref.ref(tensor) for tensor in tensors if tensor is not None]
+    return lambda: [t.detach().reshape(-1)[:4].tolist() for ref in refs if (t := ref()) is not None]
 
 
 def tensors_of(module: Any) -> list[Any]:
     return [*module.parameters(), *module.buffers()]
 
 
-def printed(tensors: Sequence[Any]) -> list[Any]:
-    """A few values of each."""
-    return [tensor.detach().reshape(-1)[:4].tolist() for tensor in tensors]
-
-
 # What the loops lack, by the script's text.
 
 _LOOPS = (ast.For, ast.While)
-_SKIPS = ("skip_epoch", "skip_batch", "ended")
 
 
 class ScriptLoop:
     """A loop around the step, and around no call of resume()."""
 
-    def __init__(self, node: Any, tree: Any, frame: types.FrameType) -> None:
-        self.node = node
+    def __init__(self, node: Any, frame: types.FrameType, depth: int) -> None:
+        self.node, self.is_outermost, self.is_innermost = node, not depth, True
         self.place = f"line {node.lineno} of {Path(frame.f_code.co_filename).name}"
         self.enters = frame.f_lineno  # where the next loop within begins, or is called
-        self.is_outermost = self.is_innermost = False
-        self.over = reads(ast.walk(getattr(node, "iter", node)))
+        self.over, target = set[str](), node
+        if isinstance(node, ast.For):
+            self.over, target = names_of(node.iter), node.target
+        uses = [use for part in (target, *node.body) for use in uses_in(part)]
+        first = dict(reversed(uses))
+        self.made_anew = {name for name, binds in first.items() if binds}
+        self.carried = {name for name, binds in uses if binds} - self.made_anew
         self.own = [*nodes_of(node)]  # not those of a loop within
         self.skips = [each.lineno for each in self.own if called(each) in _SKIPS]
-        targets = [each.target for each in ast.walk(node) if isinstance(each, ast.AugAssign)]
-        self.binds, counts = binds(node), [name for target in targets for name in binds(target)]
-        self.counts = {name for name in counts if counts.count(name) == self.binds.count(name)}
-        self.made_anew = {*self.binds} - self.counts
-        self.left = self.made_anew & read_behind(node.end_lineno, tree, frame.f_code)
+        self.left: set[str] = set()  # what it makes and the rest of its function reads
 
 
-def script_loops(frames: Sequence[types.FrameType], root: tuple[Any, int]) -> list[ScriptLoop]:
-    """The outermost first."""
+_SKIPS = ("skip_epoch", "skip_batch", "ended")
+
+
+def script_loops(
+    frames: Sequence[types.FrameType], root: tuple[Any, int], asked: set[str]
+) -> tuple[list[ScriptLoop], set[str]]:
+    """The outermost first; and what resume() is asked for, by its keys and by the text."""
     loops: list[ScriptLoop] = []
+    depth = 0
     for frame in reversed(frames):
         code, line = frame.f_code, frame.f_lineno
         tree = parsed_file(code.co_filename)
+        asked = asked | asked_in(tree)
+        names = [each for each in ast.walk(tree) if isinstance(each, ast.Name)]
+        last = max(number or 0 for _, _, number in code.co_lines())
         for node in (each for each in ast.walk(tree) if isinstance(each, _LOOPS)):
             lines = range(node.lineno, (node.end_lineno or 0) + 1)
-            resumes = code is root[0] and root[1] in lines
-            if line in lines and lines[0] >= code.co_firstlineno and not resumes:
-                if loops and loops[-1].enters == line:
-                    loops[-1].enters = lines[0]
-                loops.append(ScriptLoop(node, tree, frame))
-    for loop in loops:
-        loop.is_outermost, loop.is_innermost = loop is loops[0], loop is loops[-1]
-    return loops
+            if line not in lines or lines[0] < code.co_firstlineno:
+                continue
+            loop = ScriptLoop(node, frame, depth)
+            depth += 1
+            if code is root[0] and root[1] in {*lines} - {*loop.skips}:
+                continue  # resume() is called in it
+            loop.left = loop.made_anew & {n.id for n in names if lines[-1] < n.lineno <= last}
+            if loops:
+                loops[-1].is_innermost = False
+                loops[-1].enters = lines[0] if loops[-1].enters == line else loops[-1].enters
+            loops.append(loop)
+    return loops, asked
 
 
 def parsed_file(name: str) -> Any:
@@ -3160,12 +3178,23 @@ def parsed_file(name: str) -> Any:
         return ast.Module([], [])
 
 
+def asked_in(tree: Any) -> set[str]:
+    """What resume() and `carry` name."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    carry = [word.value for call in calls for word in call.keywords if word.arg == "carry"]
+    given = [*carry, *(call for call in calls if called(call) == "resume")]
+    return {name.rpartition(".")[2] for node in given for name in names_of(node)}
+
+
 def nodes_of(loop: Any) -> Iterator[Any]:
     todo = list(loop.body)
     while todo:
         yield (node := todo.pop())
-        if not isinstance(node, (*_LOOPS, ast.FunctionDef, ast.ClassDef)):
+        if not isinstance(node, (*_LOOPS, *_SCOPES)):
             todo += ast.iter_child_nodes(node)
+
+
+_SCOPES = (ast.FunctionDef, ast.ClassDef, ast.Lambda)
 
 
 def called(node: Any) -> str:
@@ -3173,24 +3202,26 @@ def called(node: Any) -> str:
     return str(getattr(function, "attr", getattr(function, "id", "")))
 
 
-def binds(node: Any) -> list[str]:
-    """The names; of an attribute its own, with a dot before it."""
-    bound = [each for each in ast.walk(node) if isinstance(getattr(each, "ctx", 0), ast.Store)]
-    return [
-        n.id if isinstance(n, ast.Name) else f".{n.attr}"
-        for n in bound
-        if hasattr(n, "id") or hasattr(n, "attr")
-    ]
+def uses_in(node: Any) -> list[tuple[str, bool]]:
+    """The names that it reads or binds (True), attributes too, in the order in which it does."""
+    if isinstance(node, _SCOPES):
+        return []
+    children = [*ast.iter_child_nodes(node)]
+    if isinstance(node, ast.Assign | ast.AnnAssign | ast.NamedExpr):  # bound after the value
+        children.sort(key=getattr(node, "targets", [getattr(node, "target", None)]).__contains__)
+    uses = [use for child in children for use in uses_in(child)]
+    if isinstance(node, ast.Name | ast.Attribute):
+        uses.append((ast.unparse(node), isinstance(node.ctx, ast.Store)))
+    elif isinstance(node, ast.AugAssign):
+        uses[:0] = [(name, False) for name in names_of(node.target)]
+    elif hasattr(node, "generators"):  # has names of its own
+        own = {name for name, binds in uses if binds}
+        uses = [use for use in uses if use[0] not in own]
+    return uses
 
 
-def reads(nodes: Iterable[Any]) -> set[str]:
-    return {node.id for node in nodes if isinstance(node, ast.Name)}
-
-
-def read_behind(line: int, tree: Any, code: types.CodeType) -> set[str]:
-    """In the rest of that function."""
-    last = max(number or 0 for _, _, number in code.co_lines())
-    return reads(n for n in ast.walk(tree) if line < getattr(n, "lineno", 0) <= last)
+def names_of(node: Any) -> set[str]:
+    return {name for name, _ in uses_in(node)}
 
 
 Lack = Iterator[str]
@@ -3199,17 +3230,23 @@ Lack = Iterator[str]
 def without_skip(loop: ScriptLoop, asked: set[str]) -> Lack:
     goes_on = asked if isinstance(loop.node, ast.While) else asked & loop.over
     if not loop.skips and not goes_on:
-        counted = loop.is_outermost and "range" in loop.over
-        call = "skip_batch()" if loop.is_innermost and not counted else "skip_epoch(…)"
+        of_epochs = loop.is_outermost and "range" in loop.over
+        call = "skip_batch()" if loop.is_innermost and not of_epochs else "skip_epoch(…)"
         yield f"the loop at {loop.place} does not begin with `if obs.{call}: continue`"
 
 
 def unpassed_next(loop: ScriptLoop, asked: set[str]) -> Lack:
     """A resumed run passes over the batches that a loop gives, not over those that it takes."""
-    nodes: Iterator[Any] = ast.walk(loop.node)
-    for node in nodes:
-        if called(node) == "next" and not any(line > node.lineno for line in loop.skips):
-            yield from map(place_not_kept, reads(node.args[:1]) - loop.made_anew)
+    for name, line in taken(loop.node):
+        if name not in loop.made_anew and not any(skip > line for skip in loop.skips):
+            yield place_not_kept(name)
+
+
+def taken(loop: Any) -> list[tuple[str, int]]:
+    """From which iterators, and where."""
+    calls: list[Any] = [node for node in ast.walk(loop) if called(node) == "next"]
+    names = [(node, of) for node in calls for of in node.args[:1]]
+    return [(of.id, node.lineno) for node, of in names if isinstance(of, ast.Name)]
 
 
 def place_not_kept(name: str) -> str:
@@ -3217,47 +3254,36 @@ def place_not_kept(name: str) -> str:
 
 
 def not_carried(loop: ScriptLoop, asked: set[str]) -> Lack:
-    """What is counted, compared with what it was, or shuffled where it lies."""
-    names = {*loop.counts}
-    nodes: Iterator[Any] = ast.walk(loop.node)
-    for node in nodes:
-        if called(node) == "shuffle":
-            names |= reads(node.args[:1]) - loop.made_anew
-        elif isinstance(node, ast.If):
-            own = binds(node)
-            tested = reads(ast.walk(node.test))
-            names |= {n for n in tested if 0 < own.count(n) == loop.binds.count(n)}
-    for name in sorted(name.removeprefix(".") for name in names) if loop.is_outermost else ():
-        if name not in asked and not re.search("time|elapsed", name):
-            yield f"`{name}` goes on from what it was; add {name} = obs.resume({name}={name})"
+    nodes: list[Any] = [*ast.walk(loop.node)]
+    shuffled = {
+        name for n in nodes if called(n) == "shuffle" for name in map(ast.unparse, n.args[:1])
+    }
+    clock: set[str] = set()  # what comes of the time is never exact
+    for node in [each for each in nodes if isinstance(each, ast.Assign | ast.AugAssign)] * 2:
+        if names_of(node.value) & {"time", "perf_counter", *clock}:
+            clock |= {name for name, binds in uses_in(node) if binds}
+    names = {name for name in loop.carried if "." not in name or name.startswith("self.")}
+    names |= {name for name in shuffled if name.isidentifier() and name not in loop.made_anew}
+    for name in sorted(names - clock - {name for name, _ in taken(loop.node)}):
+        short = name.rpartition(".")[2]
+        if loop.is_outermost and short not in asked:
+            yield f"`{name}` goes on from what it was; add {name} = obs.resume({short}={name})"
 
 
 def done_again(loop: ScriptLoop, asked: set[str]) -> Lack:
     """By a resumed run, on its way to the loop within."""
     first = math.inf if loop.is_innermost else min(loop.skips, default=math.inf)
-    counted = set() if any(called(node) == "resume" for node in loop.own) else asked
+    given_again = any(called(node) == "resume" for node in loop.own)
     for node in loop.own:
         if first < getattr(node, "lineno", 0) < loop.enters:
-            steps = (
-                called(node) == "step" and not node.args and "sched" in ast.unparse(node).lower()
-            )
-            if steps or (isinstance(node, ast.AugAssign) and counted & {*binds(node.target)}):
-                yield f"`{ast.unparse(node)}` is done again on the way back; put it behind the loop"
+            text = ast.unparse(node)
+            steps = called(node) == "step" and not node.args and "sched" in text.lower()
+            counts = isinstance(node, ast.AugAssign) and names_of(node.target) & asked
+            if steps or (counts and not given_again):
+                yield f"`{text}` is done again on the way back; put it behind the loop within"
 
 
 LOOP_RULES = (without_skip, unpassed_next, not_carried, done_again)
-
-
-def asked_in_text(tree: Any) -> set[str]:
-    """What resume() and `carry` name there."""
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    carry = [k.value for call in calls for k in call.keywords if k.arg == "carry"]
-    given = [
-        node
-        for call in [*carry, *(c for c in calls if called(c) == "resume")]
-        for node in ast.walk(call)
-    ]
-    return reads(given) | {node.attr for node in given if isinstance(node, ast.Attribute)}
 
 
 # --- Which run is gone on with --------------------------------------------------------------------
@@ -3319,8 +3345,9 @@ def runs_in(out: Path, family: str = "") -> Iterator[tuple[Path, dict[str, Any]]
     """
     pattern = re.compile(rf"{re.escape(family)}(-\d+)?" if family else ".*")
     for path in out.iterdir() if out.is_dir() else ():
-        # By its manifest: the script's own folders may lie there too, with a config.json.
-        if pattern.fullmatch(path.name) and (path / "run_manifest.json").exists():
+        # The script's own folders may lie there too, with a config.json of theirs.
+        is_ours = any((path / name).exists() for name in (".lock", "run_manifest.json"))
+        if is_ours and pattern.fullmatch(path.name):
             yield path, read_sealed(path / "config.json")
 
 
@@ -3552,7 +3579,7 @@ class CheckpointStore:
     def link(self, name: str, path: Path) -> None:
         """A relative link beside the steps; where there are none, it is left out."""
         with contextlib.suppress(OSError):
-            temporary = self.directory / f".{name}-{os.getpid()}"
+            temporary = self.directory / f".{name}"
             temporary.unlink(missing_ok=True)
             os.symlink(path.name, temporary)
             os.replace(temporary, self.directory / name)
@@ -3838,7 +3865,7 @@ def restore(path: Path, watched: Watched) -> tuple[dict[str, Any], dict[str, Any
     check_counts(path, {kind: len(states) for kind, states in loaded.items()}, watched)
     for kind, states in loaded.items():
         for thing, saved in zip(watched[kind], states):
-            thing.load_state_dict(saved)
+            load_in_place(thing, saved)
     for name in checks.names:
         checks.wait(name)
     plain: dict[str, Any] = {
@@ -3849,6 +3876,17 @@ def restore(path: Path, watched: Watched) -> tuple[dict[str, Any], dict[str, Any
     }
     rng = {**plain, **load_file(path, "rng_state.pt"), "optimizer": loaded["optimizer"]}
     return state, {**rng, "start": rng["start"] or rng}
+
+
+def load_in_place(thing: Any, saved: Any) -> None:
+    """An optimizer keeps its groups: the script, or one that wraps it, may hold them too."""
+    optimizer = inner(thing)
+    groups = getattr(optimizer, "__dict__", {}).get("param_groups", [])
+    thing.load_state_dict(saved)
+    for group, loaded in zip(groups, getattr(optimizer, "param_groups", ())):
+        group.update(loaded)
+    if groups:
+        optimizer.param_groups = groups
 
 
 def places_of(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -3999,6 +4037,7 @@ class Frozen:
         self._torch = torch_module()
         self._usual = (self._torch.Tensor, self._torch.nn.Parameter)
         self._live, self._arena = live, Arena()
+        self._keys: dict[int, str] = {}
         self._storages: dict[str, Any] = {}
         self._pickle, self.size = io.BytesIO(), 0
         self._tree = self._still(tree)
@@ -4041,7 +4080,8 @@ class Frozen:
             return None
         time.sleep(0.0001)  # to pickle is to hold the GIL, and the loop wants it
         storage, kind = value._untyped_storage, getattr(self._torch, value._pickle_storage_type())
-        key, where = str(storage._cdata), "cpu"
+        # Counted, not by address: so the same state is the same bytes in each process.
+        key, where = self._keys.setdefault(storage._cdata, str(len(self._keys))), "cpu"
         if self._live is None:
             where = self._torch.serialization.location_tag(storage)
             storage = storage.cpu()

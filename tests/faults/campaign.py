@@ -2,9 +2,10 @@
 
     python tests/faults/campaign.py --kills 300 --chain 20 --seed 1
 
-Kills come at random instants. While fewer than half have hit a save, the next is aimed: it waits
-for a save's `.tmp-…` directory to have so many files. After each, `verify` must hold and nothing
-that was said to be saved be gone; the resumed run must end in the bits of one never killed.
+Kills come at random instants. While fewer than half have hit a save or a resume, the next is aimed:
+it waits for a save's `.tmp-…` directory to have so many files, or for a resume to begin. After each,
+`verify` must hold and nothing that was said to be saved be gone; the resumed run must end in the
+bits of one never killed, and TensorBoard's own reader must see one curve.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "mainrun"))
 import observability as obs
+import observability_tools as tools
 
 FILES = ("model.pth", "optimizer.pt", "rng_state.pt", "run_manifest.json", "state.json")
 
@@ -51,6 +53,8 @@ def train(folder: Path, epochs: int) -> None:
     texts = torch.randint(100, (8 * 24, 33))
     loader = DataLoader(TensorDataset(texts), 8, shuffle=True)
 
+    under_way = folder / "resuming"
+    under_way.touch()
     obs.init(
         "run",
         out_dir=folder / "out",
@@ -64,6 +68,7 @@ def train(folder: Path, epochs: int) -> None:
     )
     obs.watch(model, optimizer=optimizer, scheduler=scheduler)
     step, smooth = obs.resume(step=0, smooth=torch.zeros(()))
+    under_way.unlink()
     for epoch in range(epochs):
         if obs.skip_epoch(epoch):
             continue
@@ -77,7 +82,7 @@ def train(folder: Path, epochs: int) -> None:
             optimizer.step()
             scheduler.step()
             smooth = 0.9 * smooth + 0.1 * loss.detach()
-            obs.step(step, loss=loss, smooth=smooth, carry={"step": step, "smooth": smooth})
+            obs.step(step, loss=loss, smooth=smooth)
         obs.validation(loss_of(model.eval(), texts[:32]).detach())
         model.train()
     obs.finish()
@@ -95,7 +100,7 @@ def check(folder: Path) -> None:
     for run_dir in runs(folder):
         if not (run_dir / "metrics.ndjson").exists():  # killed before it had begun
             continue
-        damage = obs.verify(run_dir)["damage"]
+        damage = tools.verify(run_dir)["damage"]
         assert not damage, f"verify finds {damage}"
         said = [
             r["tags"]["checkpoint"]
@@ -112,10 +117,32 @@ def check_end(folder: Path, expected: dict[str, Any]) -> None:
     other = [name for name in expected if got[name] != expected[name]]
     rows = sorted(set(got["journal"]) ^ set(expected["journal"]))
     assert not other, f"{', '.join(other)} differ; rows of the journal: {rows[:4]}"
-    known = ("holds another run", "the loss jumps")  # after three losses the next may be well out
+    known = ("start at step", "resume at step", "completed at step", "holds no checkpoint")
+    known += ("holds another run", "the loss jumps")  # after three losses the next may be well out
     said = (folder / "said").read_text().splitlines()
     strange = [line for line in said if not any(words in line for words in known)]
     assert not strange, f"it says {strange[0]!r}"
+    last = runs(folder)[-1]
+    for tag in ("loss/train", "smooth", "loss/val_step", "loss/val"):
+        shown = curve(folder / "tb" / last.name, tag)
+        assert shown == points(last, tag), f"TensorBoard's {tag} is another: {shown}"
+
+
+def curve(events: Path, tag: str) -> list[tuple[int, float]]:
+    """As TensorBoard's own reader sees it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(events), size_guidance={"scalars": 0})
+    reader.Reload()
+    return [(point.step, point.value) for point in reader.Scalars(tag)]
+
+
+def points(run_dir: Path, tag: str) -> list[tuple[int, float]]:
+    return [
+        (record["tags"].get("epoch", record["step"]), float(np.float32(record["metrics"][tag])))
+        for record in obs.read_run(run_dir)
+        if tag in record["metrics"]
+    ]
 
 
 def ending(folder: Path) -> dict[str, Any]:
@@ -138,7 +165,7 @@ def runs(folder: Path) -> list[Path]:
 
 
 def newest_step(directory: Path) -> int:
-    path = obs.latest_ckpt(directory, warn=lambda message: None)
+    path = obs.latest_ckpt(directory)
     return 0 if path is None else int(path.name[5:])
 
 
@@ -146,16 +173,20 @@ def newest_step(directory: Path) -> int:
 
 
 class Moment(NamedTuple):
-    """When to kill: so long after the start, or after that save has come to so many files."""
+    """When to kill: so long after the start, or after that save has come to so many files, or after
+    the beginning of a resume."""
 
     delay: float
     save: int = 0
     files: int = 0
+    resume: bool = False
 
     def kill(self, process: Any, folder: Path) -> bool:
         """Whether it came in time."""
         known = {step_of(path) for path in folder.glob("out/*/checkpoints/*step_*")}
         begun, new = 0, set[Path]()
+        while process.is_alive() and self.resume and not (folder / "resuming").exists():
+            time.sleep(0.0002)
         while process.is_alive() and (
             begun < self.save or any(files_in(path) < self.files for path in new)
         ):
@@ -191,6 +222,7 @@ class Campaign:
         self.folder, self.draw, self.context = folder, random.Random(seed), forks()
         self.kills = 0
         self.torn: Counter[int] = Counter()  # saves that were hit, by the files that they had
+        self.resumes = 0  # that were hit
         self.failures: list[str] = []
         self._began = time.monotonic()
 
@@ -220,35 +252,42 @@ class Campaign:
     def kill(self, folder: Path, in_a_row: int, seconds: float) -> None:
         done = 0
         while done < in_a_row:
-            old, moment = staged(folder), Moment(self.draw.uniform(0, seconds))
-            if 2 * self.torn.total() <= self.kills:  # too few inside a save
-                last = 1 if in_a_row > 1 else 3  # or a row would be at its end too soon
-                moment = Moment(
-                    self.draw.uniform(0, 0.003),
-                    self.draw.randint(1, last),
-                    self.draw.randrange(len(FILES)),
-                )
+            (folder / "resuming").unlink(missing_ok=True)
+            has_saved = any(folder.glob("out/*/checkpoints/step_*"))
+            old, moment = staged(folder), self.moment(seconds, has_saved, in_a_row)
             if not moment.kill(self.start(folder), folder):  # it came to its end first
                 shutil.rmtree(folder)
                 done = 0
                 continue
             self.kills, done = self.kills + 1, done + 1
             self.torn.update(map(files_in, staged(folder) - old))
+            self.resumes += has_saved and (folder / "resuming").exists()
             if self.kills % 10 == 0:
                 print(self, flush=True)
             check(folder)
+
+    def moment(self, seconds: float, has_saved: bool, in_a_row: int) -> Moment:
+        """At random; while too few were inside a save or a resume, there."""
+        if 2 * (self.torn.total() + self.resumes) > self.kills:
+            return Moment(self.draw.uniform(0, seconds))
+        if has_saved and 3 * self.resumes <= self.torn.total():
+            return Moment(self.draw.uniform(0, 0.03), resume=True)
+        last = 1 if in_a_row > 1 else 3  # or a row would be at its end too soon
+        return Moment(
+            self.draw.uniform(0, 0.003), self.draw.randint(1, last), self.draw.randrange(len(FILES))
+        )
 
     def __str__(self) -> str:
         took = time.monotonic() - self._began
         return (
             f"{self.kills:4d} kills, {self.torn.total():4d} inside a save, "
-            f"{len(self.failures)} failures, {took:.0f} s"
+            f"{self.resumes:3d} inside a resume, {len(self.failures)} failures, {took:.0f} s"
         )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill a small training again and again.")
-    parser.add_argument("--kills", type=int, default=300, help="of as many runs")
+    parser.add_argument("--kills", type=int, default=300, help="three of each run")
     parser.add_argument("--chain", type=int, default=20, help="kills in a row of one run")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     options = parser.parse_args()
@@ -256,9 +295,12 @@ def main() -> int:
     print(f"seed {options.seed}, in {folder}", flush=True)
     campaign = Campaign(folder, options.seed)
     campaign.run(1, in_a_row=options.chain, epochs=16)
-    campaign.run(options.kills)
+    campaign.run(-(-options.kills // 3), in_a_row=3)
     files = ", ".join(f"{count} with {n}" for n, count in sorted(campaign.torn.items()))
     print(f"in all: {campaign}\nthe saves that were hit had files: {files}")
+    if 2 * (campaign.torn.total() + campaign.resumes) < campaign.kills:
+        print("fewer than half of the kills were inside a save or a resume")
+        return 1
     if campaign.failures:
         print(f"what broke is kept in {folder}")
         return 1

@@ -7,19 +7,23 @@ environment, as in a shell; what it prints and what is said come back together.
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import runpy
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from conftest import forks
+from conftest import forks, python
 
 
 class Ended(NamedTuple):
@@ -67,16 +71,19 @@ class Script:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(textwrap.dedent(source))
 
-    def start(self, before: Callable[[], Any] = bool, **environment: object) -> Running:
-        """`before` is called in the new process; it has to be a function of a module."""
+    def arguments(self, environment: Mapping[str, object]) -> tuple[Any, ...]:
+        """Of `run_script`."""
         log = self.folder / f".said{len([*self.folder.glob('.said*')])}"
         log.touch()
         variables = {"OBS_SYSTEM_INTERVAL": "0", "OBS_DRAIN_INTERVAL": "0.05"}
         variables |= {name: str(value) for name, value in environment.items()}
-        arguments = (self.folder, self.name, log, variables, before)
+        return str(self.folder), self.name, str(log), variables
+
+    def start(self, **environment: object) -> Running:
+        arguments = self.arguments(environment)
         process = forks().Process(target=run_script, args=arguments)
         process.start()
-        return Running(process, log)
+        return Running(process, Path(arguments[2]))
 
     def run(self, code: int | None = 0, **environment: Any) -> Ended:
         return self.start(**environment).wait(code)
@@ -85,9 +92,7 @@ class Script:
         return self.run(-signal.SIGKILL, **environment)
 
 
-def run_script(
-    folder: Path, name: str, log: Path, variables: Mapping[str, str], before: Callable[[], Any]
-) -> None:
+def run_script(folder: str, name: str, log: str, variables: Mapping[str, str]) -> None:
     """What `python train.py` does, but for the start of the interpreter."""
     os.chdir(folder)
     os.environ.update(variables)
@@ -96,9 +101,8 @@ def run_script(
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.argv = [name]
-    sys.path.insert(0, str(folder))
+    sys.path.insert(0, folder)
     torch.set_num_threads(1)
-    before()
     code = 0
     try:
         runpy.run_path(name, run_name="__main__")
@@ -111,6 +115,32 @@ def run_script(
     threading._shutdown()
     atexit._run_exitfuncs()
     os._exit(code)
+
+
+def on_a_bad_disk(runs: Sequence[tuple[Script, Mapping[str, object]]]) -> list[Ended]:
+    """One after the other, above disk.c, that takes its orders by the environment."""
+    folder = Path(tempfile.mkdtemp())
+    source, library = Path(__file__).with_name("disk.c"), folder / "disk.so"
+    command = ["gcc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"]
+    subprocess.run(command, check=True)
+    arguments = [script.arguments(environment) for script, environment in runs]
+    place = {"LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join(sys.path)}
+    code = "import sys, json; from faults.scripts import run_all; run_all(json.loads(sys.argv[1]))"
+    done = python("-c", code, json.dumps(arguments), env={**os.environ, **place})
+    shutil.rmtree(folder)
+    assert done.returncode == 0, done.stderr
+    codes = json.loads(done.stdout)
+    return [Ended(code, Path(each[2]).read_text()) for code, each in zip(codes, arguments)]
+
+
+def run_all(arguments: Sequence[Any]) -> None:
+    codes = []
+    for each in arguments:
+        child = os.fork()
+        if child == 0:
+            run_script(*each)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print(json.dumps(codes))
 
 
 def tree(folder: Path) -> dict[str, Any]:
