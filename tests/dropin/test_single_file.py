@@ -13,6 +13,7 @@ import pytest
 from conftest import MAINRUN, ROOT, python
 
 import observability as obs
+import observability_tools as tools
 
 MARK = "# observability\n"
 PATCH = ROOT / "patches" / "mainrun.patch"
@@ -76,6 +77,7 @@ def folder(tmp_path):
 
 
 def test_the_commands_work_without_torch(bare, open_run, run_dir, folder):
+    shutil.copy(MAINRUN / "observability_tools.py", folder)
     open_run()
     obs.step(1, loss=2.0)
     obs.validation(1.5)
@@ -93,6 +95,14 @@ def test_the_commands_work_without_torch(bare, open_run, run_dir, folder):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_without_the_commands_it_says_in_one_line_what_to_copy(bare, folder):
+    for command in (["--help"], ["summarize", "out/first"]):
+        done = bare(folder / "observability.py", *command)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.count("\n") == 1
+        assert "copy observability_tools.py beside this file" in done.stderr
+
+
 def test_a_copied_file_records_a_run_without_torch(bare, folder):
     lines = "import observability as obs\nobs.init('first', config={'lr': 0.1})\n"
     lines += (
@@ -100,19 +110,25 @@ def test_a_copied_file_records_a_run_without_torch(bare, folder):
     )
     (folder / "script.py").write_text(lines)
     done = bare("script.py", cwd=folder)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert sorted(path.name for path in (folder / "out" / "first").iterdir()) == [
+    assert (done.returncode, done.stdout) == (0, "")
+    run_dir = folder / "out" / "first"
+    assert done.stderr.splitlines() == [
+        f"observability: start at step 0: recording in {run_dir}",
+        f"observability: completed at step 3: {run_dir}",
+    ]
+    assert sorted(path.name for path in run_dir.iterdir()) == [
+        ".lock",
         "config.json",
         "metrics.ndjson",
         "results.json",
         "run_manifest.json",
         "training.log",
     ]
-    assert list((folder / "logs" / "tb").glob("first_*/events.out.tfevents.*"))
-    [row] = json.loads(
-        bare("observability.py", "summarize", "out/first", "--json", cwd=folder).stdout
-    )
-    assert (row["status"], row["steps"], row["val_loss"]) == ("completed", 3, 0.25)
+    assert list((folder / "logs" / "tb" / "first").glob("events.out.tfevents.*"))
+    assert [r["step"] for r in obs.read_run(run_dir) if r["tags"]["phase"] == "train"] == [1, 2, 3]
+    results = obs.read_sealed(run_dir / "results.json")
+    assert (results["status"], results["steps"]) == ("completed", 3)
+    assert results["final_val_loss"] == 0.25
 
 
 def test_an_import_starts_nothing_and_says_nothing(bare, folder):
@@ -174,7 +190,7 @@ def test_the_unobserved_script_runs_without_the_drop_in_anywhere(tmp_path):
     check = "import importlib.util as u; assert u.find_spec('observability') is None\n"
     done = python("-c", check + TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    log = obs.read_curve(tmp_path / "logs" / "mainrun.log")
+    log = tools.read_curve(tmp_path / "logs" / "mainrun.log")
     assert len(log.points) > 4
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == [
         "logs",
@@ -209,7 +225,8 @@ def test_it_runs_where_little_is_there(folder, before, environment):
         env={"PATH": "/usr/bin:/bin", **environment},
     )
     assert done.returncode == 0, done.stderr
-    assert "observability" not in done.stderr
+    said = [line.split(": ") for line in done.stderr.splitlines() if "observability:" in line]
+    assert [words[1] for words in said] == ["start at step 0", "completed at step 100"]
     steps = [r["step"] for r in obs.read_run(folder / "out/run") if r["tags"]["phase"] == "train"]
     assert steps == list(range(1, 101))
-    assert list(folder.glob("logs/tb/run_*/events*"))
+    assert list(folder.glob("logs/tb/run/events*"))

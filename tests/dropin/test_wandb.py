@@ -55,7 +55,8 @@ def test_a_wandb_that_breaks_is_dropped(open_run, run_dir, monkeypatch, tmp_path
     }
     start = "raise ConnectionError('no service')" if when == "init" else "return Client()"
     (tmp_path / "wandb.py").write_text(
-        f"class Client:\n def log(self, *a, **k): {calls['log']}\n"
+        "class Client:\n def define_metric(self, *a, **k): pass\n"
+        f" def log(self, *a, **k): {calls['log']}\n"
         f" def finish(self): {calls['finish']}\ndef init(**k): {start}\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -80,3 +81,26 @@ def test_without_wandb_no_process_is_started(open_run):
     open_run()
     obs.step(1, loss=1.0)
     assert children() == before
+
+
+def test_a_resume_says_that_its_wandb_curve_holds_points_twice(
+    open_run, monkeypatch, tmp_path, tiny_model, capfd
+):
+    (tmp_path / "wandb.py").write_text(
+        "class Client:\n def define_metric(self, *a, **k): pass\n"
+        " def log(self, *a, **k): pass\n def finish(self): pass\n"
+        "asked = []\ndef init(**k): asked.append(k); return Client()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    for ending in ("failed: here", "completed"):
+        run = open_run(wandb=True, save_interval=1, resume="auto")
+        obs.watch(tiny_model[0], optimizer=tiny_model[1])
+        obs.resume(step=0)
+        for step in (1, 2):
+            obs.step(step, loss=1.0)
+            run.settle()
+        assert ("W&B takes no point back" in capfd.readouterr().err) == (ending == "completed")
+        obs.finish(ending)
+    first, second = sys.modules.pop("wandb").asked
+    assert first["id"] == second["id"]  # it is one run there, too
