@@ -10,6 +10,8 @@ PRESET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo full || echo small)
 LOG ?= mainrun/logs/mainrun.log
 BASELINES := baseline.log $(wildcard tests/baselines/*.log)
 RUNS ?= $(wildcard mainrun/out/*)
+# QUICK=--quick: a bench in a minute, whose figures mean nothing.
+QUICK ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help train pipeline tb test parity summarize faults lint bench clean
@@ -48,9 +50,9 @@ lint: $(TESTS_STAMP) ## ruff, its formatter, and mypy --strict on all but the te
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 bench: $(BENCH)/.stamp ## measure step(), save and run beside their peers, which get a .venv of their own
-	@$(BENCH)/bin/python tests/bench/bench_step.py
-	@OMP_NUM_THREADS=1 $(BENCH)/bin/python tests/bench/bench_save.py
-	@$(BENCH)/bin/python tests/bench/bench_run.py
+	@$(BENCH)/bin/python tests/bench/bench_step.py $(QUICK)
+	@OMP_NUM_THREADS=1 $(BENCH)/bin/python tests/bench/bench_save.py $(QUICK)
+	@$(BENCH)/bin/python tests/bench/bench_run.py $(QUICK)
 
 clean: ## remove the runs and the caches; keep .venv
 	rm -rf mainrun/out mainrun/logs .pytest_cache .mypy_cache .ruff_cache .hypothesis build mainrun/*.egg-info

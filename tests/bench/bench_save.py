@@ -2,12 +2,14 @@
 
     python tests/bench/bench_save.py            27M parameters + AdamW, 325 MB, on the CPU
     python tests/bench/bench_save.py --cuda     27M + SGD and 335M + AdamW (4 GB) on one GPU
+    python tests/bench/bench_save.py --quick    a tiny one, to see that it works
 
 Medians of alternating repeats in one process, after a warm-up of everything; with one thread
-(OMP_NUM_THREADS=1) where cores are few, for the write needs one. `blocked`: the call alone. `loop`:
-the extra wall time of a window of steps that holds one save, against the windows around it (all
-end with a device synchronize; `to durable` outlasts the write). `durable`: from the call to the
-moment that a power cut would keep it (DCP: until its future).
+(OMP_NUM_THREADS=1) where cores are few, for the write needs one. `blocked`: the call alone; ours is
+a step() that saves. `loop`: the extra wall time of a window of steps that holds one save, against
+the windows around it, with the quartiles (all end with a device synchronize; `to durable` outlasts
+the write). `durable`: from the call to the moment that a power cut would keep it (DCP: until its
+future). `item`: the longest that a loss.item() of the loop waits beside the write, and without one.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ class Training:
         self.optimizer = getattr(torch.optim, name)(self.model.parameters(), **options)
         self.ids = torch.randint(0, vocabulary, (batch, length), device=device)
 
-    def step(self) -> None:
+    def step(self) -> torch.Tensor:
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             logits = self.model(self.ids)
         loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), self.ids.flatten())
@@ -74,6 +76,7 @@ class Training:
         loss.backward()
         self.optimizer.step()
         self.step_count += 1
+        return loss
 
     def sync(self) -> None:
         if self.device == "cuda":
@@ -81,6 +84,13 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def bytes(self) -> int:
+        """Of the state, tied weights once."""
+        moments = self.optimizer.state_dict()["state"].values()
+        every = [self.model.state_dict(), *moments]
+        tensors = [t for each in every for t in each.values() if isinstance(t, torch.Tensor)]
+        return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     def window(self, steps: int, save: Callable[[], Any] | None = None) -> float:
         """Seconds of `steps` steps; `save`, if any, comes after the first."""
@@ -100,26 +110,30 @@ class Training:
 
 
 class Ours:
+    """A run of its own, whose step() saves when save() has asked for it."""
+
     def __init__(self, training: Training, directory: Path) -> None:
         self.training = training
-        self.durable_at = 0.0
-        store = obs.CheckpointStore(directory, keep_last=1)
-        self.saver = obs.Saver(store, [training.optimizer], warn=fail, on_saved=self.saved)
-        self.saver.prepare(self.parts())
-        self.saver.wait()
-
-    def saved(self, path: Path) -> None:
-        self.durable_at = time.perf_counter()
-
-    def parts(self) -> dict[str, Any]:
-        return obs.capture([self.training.model], [self.training.optimizer])
+        settings = {"tb_dir": directory / "tb", "system_interval": 0, "plot_interval": 0}
+        self.run = obs.Run("ours", out_dir=directory, save_interval="999999999", **settings)
+        self.run.watch(training.model, optimizer=training.optimizer)
+        self.run.resume()
+        self.run.step(training.step_count)  # the first one reserves the memory, behind
+        self.run.settle()
 
     def call(self) -> None:
-        assert self.saver.save(self.training.step_count, self.parts(), {})
+        self.run.save()
+        self.run.step(self.training.step_count)
 
     def wait(self) -> float:
-        self.saver.wait()
-        return self.durable_at
+        self.run.settle()
+        return time.perf_counter()
+
+    def saved(self, step: int) -> Path:
+        path = obs.latest_ckpt(self.run.dir / "checkpoints")
+        assert path is not None
+        assert path.name == f"step_{step:08d}", "the save has failed"
+        return path
 
 
 class TorchSave:
@@ -183,10 +197,6 @@ class Memcpy:
         return time.perf_counter()
 
 
-def fail(message: str) -> None:
-    raise RuntimeError(message)
-
-
 # --- Measurements ------------------------------------------------------------------------------
 
 
@@ -225,16 +235,18 @@ def steps_beside_write(loop: Training, ours: Ours, rounds: int) -> float:
         alone = [loop.window(1) for _ in range(40)]
         ours.training.step_count += 1
         ours.call()
+        durable = threading.Thread(target=ours.wait)
+        durable.start()
         beside = []
-        while ours.saver.busy():
+        while durable.is_alive() or not beside:
             beside.append(loop.window(1))
-        ours.wait()
         ratios.append(statistics.median(beside) / statistics.median(alone))
     return statistics.median(ratios)
 
 
-def loop_cost(training: Training, way: Any, steps: int, rounds: int) -> float:
-    """Extra seconds of a window with one save in it; paired with the windows around it."""
+def loop_cost(training: Training, way: Any, steps: int, rounds: int) -> list[float]:
+    """Extra seconds of a window with one save in it, paired with the windows around it: the median
+    of the rounds, and the quartiles."""
     costs = []
     for _ in range(rounds):
         before = training.window(steps)
@@ -242,7 +254,23 @@ def loop_cost(training: Training, way: Any, steps: int, rounds: int) -> float:
         way.wait()
         after = training.window(steps)
         costs.append(with_save - (before + after) / 2)
-    return statistics.median(costs)
+    low, middle, high = statistics.quantiles(costs, n=4) if rounds > 1 else costs * 3
+    return [middle, low, high]
+
+
+def longest_item(training: Training, steps: int, save: Callable[[], Any] = lambda: None) -> float:
+    """Seconds that a loss.item() takes at most, in a loop that has one for each step."""
+    longest = 0.0
+    for number in range(steps):
+        if number == 1:
+            save()
+        loss = training.step()
+        if training.device == "cuda":  # what it waits for from here on is not the step
+            torch.cuda.current_stream().synchronize()
+        start = time.perf_counter()
+        loss.item()
+        longest = max(longest, time.perf_counter() - start)
+    return longest
 
 
 def exact(training: Training, ours: Ours) -> bool:
@@ -253,12 +281,13 @@ def exact(training: Training, ours: Ours) -> bool:
         for s in training.optimizer.state_dict()["state"].values()
     ]
     ours.call()
-    path = ours.saver.store.path(training.step_count)
+    step = training.step_count
     for _ in range(3):
         training.step()
     ours.wait()
+    path = ours.saved(step)
     saved = obs.load_file(path, "model.pth")
-    state = obs.load_file(path, "optimizer.pt")["optimizer"][0]["state"]
+    state = obs.load_file(path, "optimizer.pt")["optimizer"]["state"]
     return all(torch.equal(saved[n], t.cpu()) for n, t in expected.items()) and all(
         torch.equal(state[i][k], v.cpu()) for i, s in enumerate(momenta) for k, v in s.items()
     )
@@ -298,12 +327,9 @@ def bench(size: str, device: str, directory: Path, repeats: int, full: bool) -> 
         made[0].wait()
 
     growth = peak_growth(first_save)
-    ours = made[0]
-    assert ours.saver._arena is not None
-    state_bytes = ours.saver._arena.memory.numel()
+    ours, state_bytes = made[0], training.bytes()
     result: dict[str, Any] = {"size": size, "device": device, "bytes": state_bytes}
     result["peak_host_memory_over_state"] = growth / state_bytes
-    result["overlaps"] = ours.saver._arena.overlaps
     training.step()
     result["exact"] = exact(training, ours)
     ways = {"memcpy": Memcpy(training, state_bytes), "ours": ours}
@@ -322,52 +348,72 @@ def bench(size: str, device: str, directory: Path, repeats: int, full: bool) -> 
             short, long = 10, max(10, min(400, int(1.3 * durable / step)))
             result["ways"][name]["loop"] = loop_cost(training, ways[name], short, 3 * repeats)
             result["ways"][name]["loop_to_durable"] = loop_cost(training, ways[name], long, repeats)
+            result["ways"][name]["item"] = longest_item(training, long, ways[name].call)
+            ways[name].wait()
+        result["item_without_a_save"] = longest_item(training, long)
     else:
         result["steps_beside_write"] = steps_beside_write(Training("beside", device), ours, repeats)
+    result["resume"] = resume(Training(size, device), ours)
+    ours.run.finish()
     return result
 
 
-def resume(size: str, device: str, directory: Path) -> dict[str, float]:
-    """Seconds to check and to load the newest checkpoint, its files dropped from the page cache."""
-    training = Training(size, device)
-    path = next((directory / "ours").glob("step_*"))
-    total = 0
+def resume(training: Training, ours: Ours) -> dict[str, float]:
+    """Seconds to read and check a checkpoint, and to resume from it, neither in the page cache."""
+    watched: dict[str, list[Any]] = {kind: [] for kind in obs.KINDS}
+    watched |= {"model": [training.model], "optimizer": [training.optimizer]}
+    path = obs.latest_ckpt(ours.run.dir / "checkpoints")
+    forget(path)
+    start = time.perf_counter()
+    assert obs.is_valid_ckpt(path)
+    check = time.perf_counter() - start
+    forget(path)
+    start = time.perf_counter()
+    obs.restore(path, watched)
+    training.sync()
+    load = time.perf_counter() - start
+    rate = sum(file.stat().st_size for file in path.iterdir()) / load / 1e9
+    return {"check": check, "resume": load, "check_over_resume": check / load, "GB_per_s": rate}
+
+
+def forget(path: Path) -> None:
     for file in path.iterdir():
         with open(file, "rb") as handle:
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        total += file.stat().st_size
-    start = time.perf_counter()
-    assert obs.is_valid_ckpt(path)
-    checked = time.perf_counter()
-    obs.restore(path, [training.model], [training.optimizer])
-    training.sync()
-    end = time.perf_counter()
-    rate = total / (end - start) / 1e9
-    return {"check": checked - start, "load": end - checked, "GB_per_s": rate}
 
 
 def table(result: dict[str, Any]) -> str:
     ways = result["ways"]
-    floor, columns = ways["memcpy"]["blocked"], ("blocked", "loop", "loop_to_durable", "durable")
+    floor = ways["memcpy"]["blocked"]
+    columns = ("blocked", "loop", "loop_to_durable", "item", "durable")
     lines = [
         f"{result['size']} on {result['device']}, {result['bytes'] / 1e6:.0f} MB",
-        f"{'':24}" + "".join(f"{c + ' ms':>20}" for c in columns) + f"{'blocked/memcpy':>16}",
+        f"{'':22}" + "".join(f"{c + ' ms':>24}" for c in columns) + f"{'blocked/memcpy':>16}",
     ]
     for name, row in ways.items():
-        cells = (f"{1000 * row[c]:20.2f}" if c in row else f"{'-':>20}" for c in columns)
-        lines.append(f"{name:24}" + "".join(cells) + f"{row['blocked'] / floor:16.2f}")
+        cells = (f"{milliseconds(row.get(c)):>24}" for c in columns)
+        lines.append(f"{name:22}" + "".join(cells) + f"{row['blocked'] / floor:16.2f}")
     others = {k: v for k, v in result.items() if k not in ("ways", "size", "device", "bytes")}
     return "\n".join([*lines, *(f"{key}: {value}" for key, value in others.items()), ""])
 
 
+def milliseconds(seconds: float | list[float] | None) -> str:
+    if isinstance(seconds, list):
+        return "{:.2f} ({:.2f} to {:.2f})".format(*(1000 * each for each in seconds))
+    return "-" if seconds is None else f"{1000 * seconds:.2f}"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cuda", action="store_true", help="the two sizes of the GPU")
+    parser.add_argument("--quick", action="store_true", help="a tiny size, twice")
     parser.add_argument("--size", choices=SIZES, help="one size only")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dir", type=Path, default=Path("/tmp/bench_save"), help="on the disk")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     args = parser.parse_args()
+    if args.quick:
+        args.size, args.repeats = "tiny", 2
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     device = "cuda" if args.cuda else "cpu"
@@ -376,7 +422,6 @@ def main() -> None:
     for size in [args.size] if args.size else default:
         shutil.rmtree(args.dir, ignore_errors=True)
         results.append(bench(size, device, args.dir, args.repeats, full=True))
-        results[-1]["resume"] = resume(size, device, args.dir)
         print(table(results[-1]), flush=True)
         if args.cuda:
             # The same with no room for a copy of the state: a real tensor fills the device.

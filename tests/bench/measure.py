@@ -265,7 +265,7 @@ def start(peer: Peer, job: Job) -> dict[str, float]:
 
 
 def close(peer: Peer, job: Job) -> dict[str, float]:
-    """A close straight after a burst, with every queue and ring as full as it gets."""
+    """A close straight after a burst, with every queue as full as it gets."""
     _open(peer, job)
     steps = _burst(peer, 0, job.plan.burst_steps, job.plan.burst_s)
     return {"close_full_ms": _close_ms(peer), "close_full_steps": steps}

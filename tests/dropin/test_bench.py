@@ -112,6 +112,16 @@ def test_a_torn_line_is_not_counted(peers, tmp_path):
     assert peers.JsonLine().count(tmp_path) == Counter([1, 2])
 
 
+def test_the_save_bench_finds_what_is_on_disk_to_be_what_was_in_memory(tmp_path):
+    path = tmp_path / "save.json"
+    done = _python("bench_save.py", "--quick", "--dir", tmp_path / "disk", "--json", path)
+    assert done.returncode == 0, done.stderr
+    [result] = json.loads(path.read_text())
+    assert result["exact"]
+    assert 0 < result["ways"]["ours"]["blocked"] < result["ways"]["ours"]["durable"]
+    assert result["resume"]["resume"] > 0
+
+
 def test_the_cuda_bench_runs_its_logic_on_a_cpu(tmp_path):
     path = tmp_path / "cuda.json"
     done = _python("bench_cuda.py", "--device", "cpu", "--quick", "--json", path)
