@@ -3346,7 +3346,7 @@ def runs_in(out: Path, family: str = "") -> Iterator[tuple[Path, dict[str, Any]]
     pattern = re.compile(rf"{re.escape(family)}(-\d+)?" if family else ".*")
     for path in out.iterdir() if out.is_dir() else ():
         # The script's own folders may lie there too, with a config.json of theirs.
-        is_ours = any((path / name).exists() for name in (".lock", "run_manifest.json"))
+        is_ours = any((path / n).exists() for n in ("run_manifest.json", "checkpoints/latest"))
         if is_ours and pattern.fullmatch(path.name):
             yield path, read_sealed(path / "config.json")
 

@@ -66,7 +66,9 @@ def refused(ended: Ended) -> str:
     assert ended.code == 1
     assert not ended.lines("from")
     assert "obs.resume(" in ended.said
-    return ended.said.splitlines()[-1].partition("CheckpointError: ")[2]
+    kind, _, said = ended.said.splitlines()[-1].partition(": ")
+    assert kind in ("observability.CheckpointError", "observability.DamageError")
+    return said
 
 
 def unlogged(files: dict[str, Any]) -> dict[str, Any]:
@@ -145,6 +147,26 @@ def test_a_folder_of_the_scripts_own_among_the_runs_is_none_of_ours(script, cont
     model.mkdir()
     (model / "config.json").write_text(content)
     assert origin(script.run(**AUTO, NAME="run")) == "3"
+
+
+def test_a_start_that_was_killed_at_once_keeps_no_other_from_going_on(script):
+    """It has made its directory, and taken the lock, but written nothing."""
+    script.killed(**AUTO, NAME="run", KILL_AT=3)
+    for name in ("run-2", "run-3"):
+        (script.out / name).mkdir()
+    (script.out / "run-3" / ".lock").touch()
+    assert origin(script.run(**AUTO, NAME="run")) == "3"
+
+
+@pytest.mark.parametrize("document", ["config.json", "run_manifest.json"])
+@pytest.mark.parametrize("content", [b"", b'{"schema": 1', None])
+def test_a_run_whose_documents_are_torn_is_named_and_not_begun_anew(script, document, content):
+    script.killed(**AUTO, NAME="run", KILL_AT=3)
+    path = script.out / "run" / document
+    path.unlink() if content is None else path.write_bytes(content)
+    before = of_runs(script.out)
+    assert f"run/{document}" in refused(script.run(1, **AUTO, NAME="run"))
+    assert of_runs(script.out) == before
 
 
 def test_a_path_of_a_run_goes_on_in_it(script):

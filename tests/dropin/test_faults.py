@@ -326,5 +326,3 @@ def test_the_power_cut_is_real_without_fsync_the_checkpoint_is_gone(tmp_path, mo
         monkeypatch.undo()
 
     assert after_power_cut(tmp_path, save) == 0
-
-
