@@ -935,7 +935,8 @@ class Recorder:
         """Begin with the event that `tags` tell of; what was held comes after it."""
         held, self._held = self._held, None
         if home is not None:
-            self._journal = Journal(home.journal, self._settings)
+            make = functools.partial(Journal, home.journal, self._settings)
+            self._journal = self._attempt("the journal", make)
             if resumed is not None:
                 self.seq = self._curve.go_on(home.path, resumed)
             self._add_sink("training.log", lambda: TrainingLog(home.path))
@@ -1020,10 +1021,7 @@ class Recorder:
                 "the upkeep": functools.partial(tick, now),
             }
             for what, job in jobs.items():
-                try:
-                    job()
-                except Exception as error:  # a device, a disk: the timer must outlive both
-                    self.degrade(what, error)
+                self._attempt(what, job)
             if self._stop.wait(interval):
                 return
 
@@ -1048,16 +1046,20 @@ class Recorder:
 
     def _hand_over(self, records: list[Record]) -> None:
         for sink in list(self._sinks):
-            try:
-                sink.write(records)
-            except Exception as error:  # a full disk, a stranger's package: the others go on
-                self.degrade(type(sink).__name__, error)
+            self._attempt(type(sink).__name__, functools.partial(sink.write, records))
+            if type(sink).__name__ in self._degraded:
                 self._let_go(sink)
 
     def _let_go(self, sink: Sink) -> None:
         self._sinks.remove(sink)
-        with contextlib.suppress(Exception):  # a stranger's close; the journal is written
-            sink.close()
+        self._attempt(type(sink).__name__, sink.close)
+
+    def _attempt(self, what: str, job: Callable[[], R]) -> R | None:
+        try:
+            return job()
+        except Exception as error:  # a device, the disk, a stranger's package: the rest goes on
+            self.degrade(what, error)
+            return None
 
     def degrade(self, what: str, error: Exception) -> None:
         if what not in self._degraded:
@@ -1065,10 +1067,8 @@ class Recorder:
             warn_once(f"{what} is off from step {self._curve.last_step} on: {error}")
 
     def _add_sink(self, what: str, make: Callable[[], Sink]) -> None:
-        try:
-            self._sinks.append(make())
-        except Exception as error:  # a missing package, an unwritable path: go on without it
-            self.degrade(what, error)
+        if sink := self._attempt(what, make):
+            self._sinks.append(sink)
 
     def close(self, status: str, step: int) -> dict[str, Any]:
         """Write the last event and what is still on its way; returns what there was to regret."""
@@ -1836,11 +1836,15 @@ def _resumes(paths: Sequence[Path]) -> Iterator[tuple[int, int]]:
 
 def _lines(paths: Sequence[Path]) -> Iterator[tuple[Path, int, bytes]]:
     for path in paths:
-        with open_regular(path) as file:
-            for number, line in enumerate(iter(lambda: file.readline(_LINE), b""), 1):
-                yield path, number, line
-                if len(line) == _LINE:  # no journal of ours
-                    break
+        yield from ((path, number, line) for number, line in enumerate(_lines_of(path), 1))
+
+
+def _lines_of(path: Path) -> Iterator[bytes]:
+    with open_regular(path) as file:
+        while line := file.readline(_LINE):
+            yield line
+            if len(line) == _LINE:  # no journal of ours
+                return
 
 
 # --- Facts about the run --------------------------------------------------------------------------
@@ -2808,7 +2812,7 @@ class CallSiteChecks:
         self.root: tuple[Any, int] = (None, 0)  # the function and the line that called resume()
         self._watched, self._loop, self._carried = watched, loop, carried
         self._notes: list[str] = []
-        self._made_anew: set[str] = set()  # by each iteration
+        self._made_anew: set[str] = set()  # by each iteration, or given back by resume()
         self._epochs_own: set[str] = set()  # made anew by each iteration of a loop around that one
         self._known = Known({kind: [] for kind in KINDS})
         self._probes: dict[tuple[str, int], list[Probe]] = {}
@@ -2844,12 +2848,14 @@ class CallSiteChecks:
         self._known = Known(self._watched)
         frames = script_frames(self.root[0])
         loops, asked = script_loops(frames, self.root, {*self._carried.asked, *self._carried.given})
+        self._made_anew = asked | {f".{name}" for name in asked}
         for loop in loops:
             names = self._made_anew if loop.is_innermost else self._epochs_own
             names |= loop.made_anew
             for sentence in (s for rule in LOOP_RULES for s in rule(loop, asked)):
                 self.note(sentence)
-        self.reads_behind = bool(loops and loops[-1].left - asked)
+        if loops:
+            self.reads_behind = bool(left_behind(loops[-1]) - asked)
         self.look(frames)
 
     def _note_stepped(self, optimizer: Any, *_: Any) -> None:
@@ -2857,6 +2863,8 @@ class CallSiteChecks:
 
     def look(self, frames: Sequence[types.FrameType]) -> None:
         """On the loop's thread: who is there, and how far the loaders are."""
+        if not self.seen:
+            return  # a resumed run saves before its first step
         things = in_sight(frames, self._made_anew)
         self._epoch, loop = self._loop.epoch, self._loop
         began = self._first.setdefault("the first epoch", self._epoch)
@@ -2874,7 +2882,8 @@ class CallSiteChecks:
         before, self._probes = self._probes, {}
         for path, thing in [*things.items(), *self._known.models.items()]:
             at = (path, id(thing))  # to look through a large model takes milliseconds
-            self._probes[at] = before.get(at) or [*probes(path, thing, self._known)]
+            old = None if collected(thing) else before.get(at)
+            self._probes[at] = old or [*probes(path, thing, self._known)]
 
     def report(self) -> dict[str, Any]:
         """For state.json, at each save."""
@@ -2933,31 +2942,38 @@ def in_sight(frames: Sequence[types.FrameType], without: set[str]) -> dict[str, 
 def has_state(value: Any) -> bool:
     """By its class: to ask the object itself may run a stranger's property."""
     names = ("state_dict", "bit_generator", "getstate", "get_state")
-    known = any(hasattr(type(value), name) for name in names) or is_data(value, "DataLoader")
-    return known or is_iterator(value) or bool(collected(value)) or drives(value)
+    known = any(hasattr(type(value), name) for name in names) or is_iterator(value)
+    return known or bool(collected(value)) or drives(value)
 
 
 def parts_of(value: Any) -> Iterator[tuple[str, Any]]:
-    """Of a collection, of what feeds a loop, and of the script's own objects."""
+    """Of a collection, of what feeds a loop, and of a stranger's object."""
     if isinstance(value, dict | list | tuple):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         yield from ((f"[{key!r}]", part) for key, part in itertools.islice(pairs, 64))
-    elif is_of_the_script(value) or is_data(value, "DataLoader", "Sampler", "Dataset"):
-        is_model = hasattr(type(value), "forward")
-        for name, part in list(vars(value).items()):
-            if not (is_model and name[0] == "_"):  # those are its parameters and modules
-                yield f".{name}", part
+    elif is_strange(value) or drives(value):
+        is_model = hasattr(type(value), "forward")  # its modules are not looked into
+        own = [(name, part) for name, part in vars(value).items() if name[0] != "_" or not is_model]
+        yield from ((f".{name}", part) for name, part in own)
 
 
-def is_of_the_script(value: Any) -> bool:
-    module = type(value).__module__
-    root = module.partition(".")[0]
-    known = root in ("torch", "numpy") or (root in sys.stdlib_module_names and root != "__main__")
-    return hasattr(value, "__dict__") and not (known or module == __name__)
+def is_strange(value: Any) -> bool:
+    """Neither torch's nor of the standard library."""
+    root = type(value).__module__.partition(".")[0]
+    known = {"torch", "numpy", __name__, *sys.stdlib_module_names} - {"__main__"}
+    return hasattr(value, "__dict__") and root not in known
 
 
-def is_data(value: Any, *kinds: str) -> bool:
-    return isinstance(value, tuple(getattr(torch_module().utils.data, kind) for kind in kinds))
+def drives(value: Any) -> bool:
+    """Whether it gives batches or makes a schedule: of torch's data, or the script's own."""
+    data, kind = torch_module().utils.data, type(value)
+    if isinstance(value, data.DataLoader | data.Sampler | data.Dataset):
+        return True
+    gives = ("__iter__", "__next__", "__getitem__", "next_batch", "get_batch")
+    does = any(hasattr(kind, name) for name in gives)
+    schedules = hasattr(kind, "step") and "optimizer" in getattr(value, "__dict__", ())
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+    return (does or schedules) and is_strange(value) and "site-packages" not in file
 
 
 def is_iterator(value: Any) -> bool:
@@ -2966,14 +2982,6 @@ def is_iterator(value: Any) -> bool:
 
 def is_generator(value: Any) -> bool:
     return any(hasattr(value, name) for name in ("bit_generator", "getstate", "get_state"))
-
-
-def drives(value: Any) -> bool:
-    """Whether the script's own object gives batches, or makes a schedule."""
-    gives = ("__iter__", "__next__", "__getitem__", "next_batch", "get_batch")
-    schedules = hasattr(type(value), "step") and "optimizer" in getattr(value, "__dict__", ())
-    does = schedules or any(hasattr(type(value), name) for name in gives)
-    return does and is_of_the_script(value)
 
 
 def collected(value: Any) -> list[Any]:
@@ -2995,24 +3003,25 @@ class Known:
         self.models = {f"{type(m).__name__}{at or ''}": m for at, m in enumerate(models)}
         tensors = [tensor for model in models for tensor in tensors_of(model)]
         self.shapes = {tensor.shape for tensor in tensors}
-        things = (each for kind in KINDS for each in watched[kind])
-        self.ids = {id(each) for thing in things for each in (thing, inner(thing))}
-        self.ids |= {*map(id, tensors)}
+        self.ids = {*map(id, tensors), *ids_of(watched)}
+
+
+def ids_of(watched: Watched) -> set[int]:
+    things = [thing for kind in KINDS for thing in watched[kind]]
+    return {id(each) for thing in things for each in (thing, inner(thing))}
 
 
 def unwatched(watched: Watched, things: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """The kind, the name and the thing, of what fits into watch() beside models."""
-    known = {id(each) for kind in KINDS for t in watched[kind] for each in (t, inner(t))}
-    every = [*watched["scheduler"], *things.values()]
+    every, known = [*watched["scheduler"], *things.values()], ids_of(watched)
     known |= {id(part) for thing in every for part in getattr(thing, "_schedulers", ())}
     for path, thing in things.items():
-        if id(thing) in known or id(inner(thing)) in known:
-            continue
-        if is_generator(thing):
-            yield "generator", path, thing
-        for kind, mark in _MARKS.items() if hasattr(thing, "load_state_dict") else ():
-            if hasattr(thing, mark) and getattr(thing, "_enabled", True):
-                yield kind, path, thing
+        if known.isdisjoint((id(thing), id(inner(thing)))):
+            if is_generator(thing):
+                yield "generator", path, thing
+            for kind, mark in _MARKS.items() if hasattr(thing, "load_state_dict") else ():
+                if hasattr(thing, mark) and getattr(thing, "_enabled", True):
+                    yield kind, path, thing
 
 
 _MARKS = {"optimizer": "param_groups", "scheduler": "last_epoch", "scaler": "unscale_"}
@@ -3073,43 +3082,53 @@ class Probe(NamedTuple):
 
 
 def probes(path: str, thing: Any, known: Known) -> Iterator[Probe]:
-    if id(thing) in known.ids:
-        for at, module in thing.named_modules(prefix=path) if path in known.models else ():
+    if path in known.models:
+        for at, module in thing.named_modules(prefix=path):
             yield from numbers_of(at, module)
-            for name in module._non_persistent_buffers_set & module._buffers.keys():
-                few = values_of([module._buffers[name]])
-                yield Probe(f"{at}.{name}", few, "make it a persistent buffer")
+            for name in module._non_persistent_buffers_set:
+                read = reader(module, lambda of, name: printed([getattr(of, name, None)]), name)
+                yield Probe(f"{at}.{name}", read, "make it a persistent buffer")
+    elif id(thing) in known.ids:
+        return
     elif is_generator(thing):
-        yield Probe(path, generator_reader(thing), f"add watch(generator={path})")
+        read = reader(thing, lambda thing: shown_state(generator_state(thing)))
+        yield Probe(path, read, f"add watch(generator={path}) before resume()")
     elif hasattr(type(thing), "named_buffers"):
         if own := [tensor for tensor in tensors_of(thing) if id(tensor) not in known.ids]:
             yield Probe(path, values_of([*own[:3], own[-1]]), f"add obs.watch({path})")
     elif tensors := collected(thing):
         if all(t.shape in known.shapes and id(t) not in known.ids for t in tensors):
             yield Probe(path, values_of(tensors), "keep it in a Module, and watch that")
-    elif drives(thing) or is_data(thing, "Sampler", "Dataset"):
+    elif drives(thing):
         yield from numbers_of(path, thing)
 
 
 def numbers_of(path: str, thing: Any) -> Iterator[Probe]:
-    get, advice = weakly(thing), "carry it, or make it a buffer of a watched model"
+    advice = "carry it, or make it a buffer of a watched model"
     for name, value in list(getattr(thing, "__dict__", {}).items()):
         if type(value) in (int, float):
-            read = functools.partial(lambda name: getattr(get(), "__dict__", {}).get(name), name)
-            yield Probe(f"{path}.{name}", read, advice, type(thing), name)
+            yield Probe(
+                f"{path}.{name}", reader(thing, getattr, name, None), advice, type(thing), name
+            )
 
 
-def generator_reader(generator: Any) -> Callable[[], Any]:
-    get = weakly(generator)
-    return lambda: (
-        (there := get()) and str(getattr(s := generator_state(there), "tolist", lambda: s)())
-    )
+def reader(thing: Any, read: Callable[..., Any], *names: Any) -> Callable[[], Any]:
+    get = weakly(thing)
+    return lambda: None if (there := get()) is None else read(there, *names)
+
+
+def shown_state(state: Any) -> str:
+    return str(state.tolist() if hasattr(state, "tolist") else state)
 
 
 def values_of(tensors: Sequence[Any]) -> Callable[[], Any]:
-    """A few of each."""
-    refs = [weakref.ref(tensor) for tensor in tensors if tensor is not None]
-    return lambda: [t.detach().reshape(-1)[:4].tolist() for ref in refs if (t := ref()) is not None]
+    refs = [weakref.ref(tensor) for tensor in tensors]
+    return lambda: printed([ref() for ref in refs])
+
+
+def printed(tensors: Sequence[Any]) -> list[Any]:
+    """A few values of each."""
+    return [t.detach().reshape(-1)[:4].tolist() for t in tensors if t is not None]
 
 
 def tensors_of(module: Any) -> list[Any]:
@@ -3119,25 +3138,28 @@ def tensors_of(module: Any) -> list[Any]:
 # What the loops lack, by the script's text.
 
 _LOOPS = (ast.For, ast.While)
+_SCOPES = (ast.FunctionDef, ast.ClassDef, ast.Lambda)
 
 
 class ScriptLoop:
     """A loop around the step, and around no call of resume()."""
 
-    def __init__(self, node: Any, frame: types.FrameType, depth: int) -> None:
-        self.node, self.is_outermost, self.is_innermost = node, not depth, True
+    def __init__(self, node: Any, frame: types.FrameType, is_outermost: bool) -> None:
+        self.node, self.is_outermost, self.is_innermost = node, is_outermost, False
+        self.code, self.line = frame.f_code, frame.f_lineno  # that is under way
         self.place = f"line {node.lineno} of {Path(frame.f_code.co_filename).name}"
-        self.enters = frame.f_lineno  # where the next loop within begins, or is called
-        self.over, target = set[str](), node
-        if isinstance(node, ast.For):
-            self.over, target = names_of(node.iter), node.target
-        uses = [use for part in (target, *node.body) for use in uses_in(part)]
+        self.over = names_of(node.iter) if isinstance(node, ast.For) else set()
+        head = node.target if isinstance(node, ast.For) else node.test
+        uses = [use for part in (head, *node.body) for use in uses_in(part)]
         first = dict(reversed(uses))
         self.made_anew = {name for name, binds in first.items() if binds}
         self.carried = {name for name, binds in uses if binds} - self.made_anew
         self.own = [*nodes_of(node)]  # not those of a loop within
         self.skips = [each.lineno for each in self.own if called(each) in _SKIPS]
-        self.left: set[str] = set()  # what it makes and the rest of its function reads
+        calls: list[Any] = [each for each in ast.walk(node) if called(each) == "next"]
+        self.taken = {
+            (of.id, of.lineno) for each in calls for of in each.args[:1] if hasattr(of, "id")
+        }
 
 
 _SKIPS = ("skip_epoch", "skip_batch", "ended")
@@ -3146,29 +3168,28 @@ _SKIPS = ("skip_epoch", "skip_batch", "ended")
 def script_loops(
     frames: Sequence[types.FrameType], root: tuple[Any, int], asked: set[str]
 ) -> tuple[list[ScriptLoop], set[str]]:
-    """The outermost first; and what resume() is asked for, by its keys and by the text."""
+    """The outermost first; and what the loops are given back, with what the text tells of it."""
     loops: list[ScriptLoop] = []
     depth = 0
     for frame in reversed(frames):
-        code, line = frame.f_code, frame.f_lineno
-        tree = parsed_file(code.co_filename)
+        code, tree = frame.f_code, parsed_file(frame.f_code.co_filename)
         asked = asked | asked_in(tree)
-        names = [each for each in ast.walk(tree) if isinstance(each, ast.Name)]
-        last = max(number or 0 for _, _, number in code.co_lines())
         for node in (each for each in ast.walk(tree) if isinstance(each, _LOOPS)):
             lines = range(node.lineno, (node.end_lineno or 0) + 1)
-            if line not in lines or lines[0] < code.co_firstlineno:
-                continue
-            loop = ScriptLoop(node, frame, depth)
-            depth += 1
-            if code is root[0] and root[1] in {*lines} - {*loop.skips}:
-                continue  # resume() is called in it
-            loop.left = loop.made_anew & {n.id for n in names if lines[-1] < n.lineno <= last}
-            if loops:
-                loops[-1].is_innermost = False
-                loops[-1].enters = lines[0] if loops[-1].enters == line else loops[-1].enters
-            loops.append(loop)
+            if frame.f_lineno in lines and node.lineno >= code.co_firstlineno:
+                loop, depth = ScriptLoop(node, frame, not depth), depth + 1
+                if code is not root[0] or root[1] not in {*lines} - {*loop.skips}:
+                    loops.append(loop)
+    for loop in loops[-1:]:
+        loop.is_innermost = True
     return loops, asked
+
+
+def left_behind(loop: ScriptLoop) -> set[str]:
+    """What it makes, and the rest of its function reads."""
+    last = max(line or 0 for _, _, line in loop.code.co_lines())
+    names = [n for n in ast.walk(parsed_file(loop.code.co_filename)) if isinstance(n, ast.Name)]
+    return loop.made_anew & {n.id for n in names if loop.node.end_lineno < n.lineno <= last}
 
 
 def parsed_file(name: str) -> Any:
@@ -3192,9 +3213,6 @@ def nodes_of(loop: Any) -> Iterator[Any]:
         yield (node := todo.pop())
         if not isinstance(node, (*_LOOPS, *_SCOPES)):
             todo += ast.iter_child_nodes(node)
-
-
-_SCOPES = (ast.FunctionDef, ast.ClassDef, ast.Lambda)
 
 
 def called(node: Any) -> str:
@@ -3228,8 +3246,9 @@ Lack = Iterator[str]
 
 
 def without_skip(loop: ScriptLoop, asked: set[str]) -> Lack:
+    """Of a loop between the two the batches are counted on."""
     goes_on = asked if isinstance(loop.node, ast.While) else asked & loop.over
-    if not loop.skips and not goes_on:
+    if (loop.is_outermost or loop.is_innermost) and not (loop.skips or goes_on):
         of_epochs = loop.is_outermost and "range" in loop.over
         call = "skip_batch()" if loop.is_innermost and not of_epochs else "skip_epoch(…)"
         yield f"the loop at {loop.place} does not begin with `if obs.{call}: continue`"
@@ -3237,16 +3256,9 @@ def without_skip(loop: ScriptLoop, asked: set[str]) -> Lack:
 
 def unpassed_next(loop: ScriptLoop, asked: set[str]) -> Lack:
     """A resumed run passes over the batches that a loop gives, not over those that it takes."""
-    for name, line in taken(loop.node):
+    for name, line in loop.taken:
         if name not in loop.made_anew and not any(skip > line for skip in loop.skips):
             yield place_not_kept(name)
-
-
-def taken(loop: Any) -> list[tuple[str, int]]:
-    """From which iterators, and where."""
-    calls: list[Any] = [node for node in ast.walk(loop) if called(node) == "next"]
-    names = [(node, of) for node in calls for of in node.args[:1]]
-    return [(of.id, node.lineno) for node, of in names if isinstance(of, ast.Name)]
 
 
 def place_not_kept(name: str) -> str:
@@ -3264,10 +3276,12 @@ def not_carried(loop: ScriptLoop, asked: set[str]) -> Lack:
             clock |= {name for name, binds in uses_in(node) if binds}
     names = {name for name in loop.carried if "." not in name or name.startswith("self.")}
     names |= {name for name in shuffled if name.isidentifier() and name not in loop.made_anew}
-    for name in sorted(names - clock - {name for name, _ in taken(loop.node)}):
-        short = name.rpartition(".")[2]
-        if loop.is_outermost and short not in asked:
-            yield f"`{name}` goes on from what it was; add {name} = obs.resume({short}={name})"
+    names -= clock | {name for name, _ in loop.taken}
+    if lost := [
+        n for n in sorted(names) if loop.is_outermost and n.rpartition(".")[2] not in asked
+    ]:
+        keys = ", ".join(f"{name.rpartition('.')[2]}={name}" for name in lost)
+        yield f"the loops go on from {', '.join(lost)}; add {', '.join(lost)} = obs.resume({keys})"
 
 
 def done_again(loop: ScriptLoop, asked: set[str]) -> Lack:
@@ -3275,7 +3289,7 @@ def done_again(loop: ScriptLoop, asked: set[str]) -> Lack:
     first = math.inf if loop.is_innermost else min(loop.skips, default=math.inf)
     given_again = any(called(node) == "resume" for node in loop.own)
     for node in loop.own:
-        if first < getattr(node, "lineno", 0) < loop.enters:
+        if first < getattr(node, "lineno", 0) < loop.line:
             text = ast.unparse(node)
             steps = called(node) == "step" and not node.args and "sched" in text.lower()
             counts = isinstance(node, ast.AugAssign) and names_of(node.target) & asked
@@ -3612,14 +3626,14 @@ def checkpoints(directory: str | Path) -> list[tuple[Path, dict[str, Any]]]:
     OSError for what is there and cannot be read.
     """
     found: list[tuple[Path, dict[str, Any]]] = []
+    names: list[str] = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        for name in os.listdir(directory):
-            if _STEP.fullmatch(name):
-                path = Path(directory, name)
-                try:
-                    found.append((path, read_state(path)))
-                except DamageError:
-                    found.append((path, {}))
+        names = os.listdir(directory)
+    for path in (Path(directory, name) for name in names if _STEP.fullmatch(name)):
+        try:
+            found.append((path, read_state(path)))
+        except DamageError:
+            found.append((path, {}))
     return sorted(found, key=lambda f: (f[1].get("sequence", math.inf), f[0].name), reverse=True)
 
 
