@@ -613,11 +613,11 @@ def rebuild(run_dir: Path) -> Path:
     found = streams(run_dir)
     for stream in found:
         stream.refuse_living()
-    directories = [_rebuild(stream) for stream in found]
+    directories = [_rebuild_stream(stream) for stream in found]
     return directories[0]
 
 
-def _rebuild(stream: Stream) -> Path:
+def _rebuild_stream(stream: Stream) -> Path:
     old, directory = stream.events(), stream.beside(stream.config()["tb_dir"])
     staging = directory.with_name(f".tmp-{directory.name}-{os.getpid()}")
     try:

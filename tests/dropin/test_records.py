@@ -618,6 +618,19 @@ def test_a_failing_sink_is_dropped_said_once_and_recorded(tmp_path, capfd):
     assert records(run.dir, "event")[-1]["tags"]["degraded"] == "TensorBoard"
 
 
+def test_a_journal_that_cannot_be_opened_is_said_and_the_rest_is_written(
+    open_run, run_dir, tmp_path, capfd
+):
+    run_dir.mkdir(parents=True)
+    (run_dir / "metrics_eval.ndjson").mkdir()
+    open_run(metrics_filename="metrics_eval.ndjson")
+    obs.step(1, loss=1.0)
+    obs.finish()
+    assert "the journal is off from step 0" in capfd.readouterr().err
+    assert "the journal" in read_json(run_dir / "results.eval.json")["degraded"]
+    assert tensorboard_points(tmp_path / "tb") == [(1, "loss/train", 1.0)]
+
+
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     """A package of the name wandb, as it is where its service hangs or fails."""
