@@ -3780,50 +3780,22 @@ def locked(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
-class SummedFile(io.RawIOBase):
-    """A file that sums what is written to it, a checksum for each piece."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd, self.size, self.sums = fd, 0, [0]
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        if self.size == len(self.sums) * _PIECE:
-            self.sums.append(0)
-        piece = memoryview(data).cast("B")[: min(_CHUNK, len(self.sums) * _PIECE - self.size)]
-        self.sums[-1] = zlib.crc32(piece, self.sums[-1])
-        self.size += write_all(self._fd, piece)
-        return len(piece)
-
-
 def write_file(path: Path, content: Any) -> dict[str, Any]:
     """Create `path`, durably, and return its entry in state.json."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    frozen = isinstance(content, Frozen)
+    if frozen:
+        if shutil.disk_usage(path.parent).free < content.size:  # say so before it is full for all
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        content.write_to(path)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        raw = SummedFile(fd)
-        # The zip format has scraps for each tensor, and each would hand the GIL to and fro.
-        with io.BufferedWriter(raw, 1 << 20) as out:
-            if isinstance(content, Frozen):
-                reserve(fd, content.size)
-                content.write_to(out)
-            else:
-                out.write(content if isinstance(content, bytes) else content.read_bytes())
+        if not frozen:
+            write_all(fd, content if isinstance(content, bytes) else content.read_bytes())
         os.fsync(fd)
+        size = os.fstat(fd).st_size
     finally:
         os.close(fd)
-    return {"size": raw.size, "crc32": [f"{crc:08x}" for crc in raw.sums]}
-
-
-def reserve(fd: int, size: int) -> None:
-    """A full disk says so at once, before it is filled to the last byte for everyone."""
-    try:
-        if size:
-            os.posix_fallocate(fd, 0, size)
-    except (AttributeError, OSError) as error:  # many a file system or system cannot: no harm
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            raise
+    return {"size": size, "crc32": [sum_piece(path, at) for at in range(0, max(size, 1), _PIECE)]}
 
 
 # --- Checkpoints: what they hold ------------------------------------------------------------------
@@ -4079,9 +4051,9 @@ class Frozen:
         TreePickler(self._pickle, self._reference).dump(self._tree)
         self.size = sum(storage.nbytes() for storage in self._storages.values())
 
-    def write_to(self, out: Any) -> None:
-        """By torch's own writer, which lets go of the GIL for each storage."""
-        writer = self._torch._C.PyTorchFileWriter(out)
+    def write_to(self, path: Path) -> None:
+        """By torch's own writer: what it writes to a file, not to us, it writes without the GIL."""
+        writer = self._torch._C.PyTorchFileWriter(str(path))
         writer.write_record("data.pkl", self._pickle.getvalue(), self._pickle.tell())
         writer.write_record("byteorder", sys.byteorder, len(sys.byteorder))
         for key, storage in self._storages.items():
@@ -4092,7 +4064,8 @@ class Frozen:
         """What torch.load knows a storage by; what the loop carries keeps its device."""
         if not isinstance(value, self._torch.storage.TypedStorage):
             return None
-        time.sleep(0.0001)  # to pickle is to hold the GIL, and the loop wants it
+        if len(self._storages) % 32 == 31:  # to pickle is to hold the GIL, and the loop wants it
+            time.sleep(0.0001)
         storage, kind = value._untyped_storage, getattr(self._torch, value._pickle_storage_type())
         # Counted, not by address: so the same state is the same bytes in each process.
         key, where = self._keys.setdefault(storage._cdata, str(len(self._keys))), "cpu"
