@@ -70,7 +70,7 @@ import time
 import types
 import weakref
 import zlib
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -2573,7 +2573,7 @@ class Checkpointer:
             "start": self._loop.start,
             "loader": loaders,
             "listeners": kept,
-            "carry": self._carried.now,
+            "carry": self._carried.plain(),
         }
         if run.recorder.rank:
             return {"rng_state.pt": rng}
@@ -2743,6 +2743,16 @@ class CarriedLocals:
             self.given.update(values)
         return values
 
+    def plain(self) -> dict[str, Any]:
+        """As of the last look. Raises CheckpointError for what would not come back as it was."""
+        for name, value in self.now.items():
+            if not is_plain(value):
+                raise CheckpointError(
+                    f"{name} is a {type(value).__name__}, and resume() gives back numbers, texts "
+                    "and tensors, and lists, tuples, sets and dicts of them"
+                )
+        return self.now
+
     def look(
         self, frames: Sequence[types.FrameType], carry: Iterable[str], checks: CallSiteChecks
     ) -> None:
@@ -2765,6 +2775,15 @@ class CarriedLocals:
                 f"{', '.join(lost)}, which resume() asks for, cannot be seen from step(); "
                 f"give it carry={{{pairs}}}"
             )
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a checkpoint gives it back as it was."""
+    kind = type(value)
+    if kind in (list, tuple, set, dict, OrderedDict):
+        return all(map(is_plain, (*value, *(value.values() if isinstance(value, dict) else ()))))
+    known = kind in (type(None), bool, int, float, complex, str, bytes)
+    return known or kind.__module__.partition(".")[0] in ("torch", "numpy")
 
 
 def caller() -> types.FrameType:
@@ -3104,7 +3123,8 @@ def probes(path: str, thing: Any, known: Known) -> Iterator[Probe]:
 
 
 def numbers_of(path: str, thing: Any) -> Iterator[Probe]:
-    advice = "carry it, or make it a buffer of a watched model"
+    keeps = hasattr(thing, "load_state_dict") and not hasattr(thing, "named_buffers")
+    advice = f"add watch(loader={path})" if keeps else "carry it, or make it a buffer of a model"
     for name, value in list(getattr(thing, "__dict__", {}).items()):
         if type(value) in (int, float):
             yield Probe(
