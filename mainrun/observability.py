@@ -2159,6 +2159,16 @@ def open_regular(path: Path) -> io.BufferedReader:
     return open(fd, "rb")
 
 
+@contextlib.contextmanager
+def errors_about(path: str | Path) -> Iterator[None]:
+    """Let an error of reading name its file, as one of opening does."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
 def replace_file(path: Path, content: str | bytes, *, durable: bool = False) -> None:
     """Whole or not at all; durable: a power cut does not take it back."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -2182,7 +2192,7 @@ def seal(content: Mapping[str, Any]) -> bytes:
 
 def read_sealed(path: str | Path) -> dict[str, Any]:
     """A document that `seal` made. Raises DamageError where it is not as written, OSError."""
-    with open_regular(Path(path)) as file:
+    with open_regular(Path(path)) as file, errors_about(path):
         data = file.read(64 << 20)
     body = data[: -len(_SEAL.format(0))]
     try:
@@ -2489,7 +2499,7 @@ class Checkpointer:
     @fenced
     def _first_step(self) -> None:
         self._checks.see_at_step()
-        if self.policy.every:
+        if self.policy.every and not self._is_due():  # the save would find it in its way
             self._open_saver().prepare(self._parts(), self._checks.compare)
 
     @fenced
@@ -2618,6 +2628,7 @@ class Checkpointer:
     def finish(self, completed: bool) -> None:
         """The last save, where saving is on and the loop has come to its end."""
         run, timeout = self._run, self._run.saving.save_timeout
+        self._checks.end()
         saving = self.policy.every or self.wanted or self._saver
         if not saving or not self._checks.seen:
             return
@@ -2861,7 +2872,7 @@ class CallSiteChecks:
     def see_at_step(self) -> None:
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
-        self._hook = self._hook or register_optimizer_step_post_hook(self._note_stepped)
+        self._hook = register_optimizer_step_post_hook(self._note_stepped)
         if self.root[0] is None:
             self.note("resume() is never called; add obs.resume() before the loop")
         self._known = Known(self._watched)
@@ -2876,6 +2887,10 @@ class CallSiteChecks:
         if loops:
             self.reads_behind = bool(left_behind(loops[-1]) - asked)
         self.look(frames)
+
+    def end(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
 
     def _note_stepped(self, optimizer: Any, *_: Any) -> None:
         self._stepped[id(optimizer)] = weakly(optimizer)
@@ -2984,15 +2999,13 @@ def is_strange(value: Any) -> bool:
 
 
 def drives(value: Any) -> bool:
-    """Whether it gives batches or makes a schedule: of torch's data, or the script's own."""
+    """Whether it gives batches, is stepped or called: of torch's data, or the script's own."""
     data, kind = torch_module().utils.data, type(value)
-    if isinstance(value, data.DataLoader | data.Sampler | data.Dataset):
-        return True
-    gives = ("__iter__", "__next__", "__getitem__", "next_batch", "get_batch")
-    does = any(hasattr(kind, name) for name in gives)
-    schedules = hasattr(kind, "step") and "optimizer" in getattr(value, "__dict__", ())
+    names = ("__iter__", "__next__", "__getitem__", "next_batch", "get_batch", "step")
+    does = callable(value) or any(hasattr(kind, name) for name in names)
     file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
-    return (does or schedules) and is_strange(value) and "site-packages" not in file
+    own = does and is_strange(value) and "site-packages" not in file
+    return own or isinstance(value, data.DataLoader | data.Sampler | data.Dataset)
 
 
 def is_iterator(value: Any) -> bool:
@@ -3071,11 +3084,9 @@ def missing_in_watch(
 
 def inner(optimizer: Any) -> Any:
     """The optimizer within a wrapper of accelerate, of a scaler, or of the script."""
-    while not hasattr(optimizer, "last_epoch"):
-        if (within := getattr(optimizer, "optimizer", None)) is None:
-            break
-        optimizer = within
-    return optimizer
+    is_scheduler = hasattr(optimizer, "last_epoch")
+    within = None if is_scheduler else getattr(optimizer, "optimizer", None)
+    return optimizer if within is None else inner(within)
 
 
 # What moves.
@@ -3495,11 +3506,13 @@ def load_newest(plan: Plan, watched: Watched) -> tuple[Path, dict[str, Any], dic
     is good: a run must not silently start at step 0 over them; OSError for one that cannot be read.
     """
     if (plan.source / "state.json").exists():
+        check_state(plan.source, read_state(plan.source))
         return plan.source, *restore(plan.source, watched)
     for path, state in checkpoints(plan.source):
         if state.get("run_id", plan.run_id) != plan.run_id:
             continue
         try:
+            check_state(path, state)
             return path, *restore(path, watched)
         except DamageError as error:
             say(f"checkpoint {path} is damaged ({error}); the next older one is taken")
@@ -3671,23 +3684,30 @@ def read_state(path: str | Path) -> dict[str, Any]:
         state = unsealed(file)
         if state is None or "self_crc32" in state or "files" in state:
             raise
-    absent: dict[str, Any] = {
-        "epoch": None,
-        "step_in_epoch": 0,
-        "global_step": 0,
-        "tokens": 0,
-        "loss_history": [],
-    }
-    absent |= {"ended": False, "fetched": 0, "broke": False, "best": None, "sequence": 0, "seq": 0}
-    state = {**absent, "steps": state.get("global_step", 0), "latest_validation": None, **state}
-    return {"world_size": 1, "inexact": ["nothing vouches for its files"], **state}
+    names = ("epoch", "global_step", "step_in_epoch")
+    known = {name: state[name] for name in names if type(state.get(name)) is int}
+    absent = dict.fromkeys((*_COUNTS, "ended", "broke"), 0) | {"steps": known.get("global_step", 0)}
+    none = {"epoch": None, "best": None, "latest_validation": None, "loss_history": []}
+    inexact = ["nothing vouches for its files"]
+    return {**absent, **none, "world_size": 1, "inexact": inexact, **known}
+
+
+_NEEDED = {"model.pth", "optimizer.pt", "rng_state.pt"}
+_COUNTS = ("step_in_epoch", "global_step", "steps", "fetched", "tokens", "seq", "sequence")
+
+
+def check_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Raises DamageError where it does not say what a resume reads."""
+    files = state.get("files", dict.fromkeys(_NEEDED))
+    sound = all(type(state.get(name)) is int for name in (*_COUNTS, "world_size"))
+    sound = sound and isinstance(state.get("loss_history"), list) and isinstance(files, dict)
+    if not sound or not files.keys() >= _NEEDED:
+        raise DamageError(f"{path / 'state.json'} lacks what a resume needs")
 
 
 def unsealed(file: Path) -> dict[str, Any] | None:
-    names = ("model.pth", "optimizer.pt", "rng_state.pt")
-    if all(
-        (file.parent / name).is_file() and (file.parent / name).stat().st_size for name in names
-    ):
+    paths = [file.with_name(name) for name in _NEEDED]
+    if all(path.is_file() and path.stat().st_size for path in paths):
         with contextlib.suppress(ValueError, RecursionError), open_regular(file) as opened:
             state = json.loads(opened.read(64 << 20))
             return state if isinstance(state, dict) else None
@@ -3741,7 +3761,9 @@ class FileChecks:
         from concurrent.futures import ThreadPoolExecutor
 
         self._path, self._pieces = path, {}
-        self.names = dict(state.get("files", {}))
+        self.names = state.get("files", {})
+        if not all(is_entry(name, facts) for name, facts in self.names.items()):
+            raise DamageError(f"{path / 'state.json'} lists what cannot be")
         pool = ThreadPoolExecutor(8)
         for name, facts in self.names.items():
             ats = [at * _PIECE for at in range(len(facts["crc32"]))] if self._fits(name) else []
@@ -3763,12 +3785,19 @@ class FileChecks:
                 raise DamageError(f"{self._path / name} is not what was written")
 
 
+def is_entry(name: str, facts: Any) -> bool:
+    """Whether that is said of a file beside state.json which is said of one."""
+    with contextlib.suppress(TypeError, KeyError):
+        return "/" not in name and len(facts["crc32"]) == max(1, -(-facts["size"] // _PIECE))
+    return False
+
+
 def sum_piece(path: Path, at: int) -> str:
     """CRC-32 of a piece of a file: with the size it catches every burst of up to 32 flipped bits,
     and all else but one case in 2^32, at twice the speed of SHA-256. What guards against malice is
     `weights_only`."""
     crc, buffer = 0, memoryview(bytearray(_CHUNK))
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0) as file, errors_about(path):
         file.seek(at)
         for _ in range(0, _PIECE, _CHUNK):
             count = file.readinto(buffer) or 0

@@ -9,51 +9,14 @@ from typing import Any
 
 import pytest
 from conftest import read_json
-from faults.scripts import Ended, Script, tree
+from faults.scripts import AUTO, SAVING, TRAINING, Ended, Script, of_runs, origin, refused, tree
 
 import observability as obs
-
-SCRIPT = """
-import os, time, torch
-import observability as obs
-
-steps, kill_at = int(os.environ["STEPS"]), int(os.environ.get("KILL_AT", "0"))
-torch.manual_seed(1)
-model = torch.nn.Linear(4, 1)
-opt = torch.optim.AdamW(model.parameters(), lr=float(os.environ.get("LR", "0.05")))
-run = obs.init(os.environ.get("NAME"), config={"steps": steps, "lr": opt.defaults["lr"]})
-obs.watch(model, optimizer=opt)
-step = 0
-step = obs.resume(step=step)
-print("from", step)
-while os.environ.get("HOLD") and not os.path.exists("go"):
-    time.sleep(0.01)
-while step < steps:
-    loss = model(torch.rand(8, 4)).square().mean()
-    opt.zero_grad()
-    loss.backward()
-    opt.step()
-    step += 1
-    print("loss", step, loss.item().hex())
-    obs.step(step, loss=loss)
-    run.settle()
-    if step == kill_at:
-        os.kill(os.getpid(), 9)
-obs.finish()
-"""
-SAVING = {"SAVE_INTERVAL": 1, "STEPS": 6}
-AUTO = {**SAVING, "OBS_RESUME": "auto"}
 
 
 @pytest.fixture
 def script(tmp_path):
-    return Script(tmp_path / "work", SCRIPT)
-
-
-def origin(ended: Ended) -> str:
-    """The step that a run began from."""
-    [step] = ended.lines("from")
-    return step
+    return Script(tmp_path / "work", TRAINING)
 
 
 def names(folder: Path) -> list[str]:
@@ -61,25 +24,9 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folders if path.is_dir() and not path.is_symlink())
 
 
-def refused(ended: Ended) -> str:
-    """The error that ended it, which resume() raised."""
-    assert ended.code == 1
-    assert not ended.lines("from")
-    assert "obs.resume(" in ended.said
-    kind, _, said = ended.said.splitlines()[-1].partition(": ")
-    assert kind in ("observability.CheckpointError", "observability.DamageError")
-    return said
-
-
 def unlogged(files: dict[str, Any]) -> dict[str, Any]:
     """Without what the script printed."""
     return {path: bits for path, bits in files.items() if not path.startswith(".said")}
-
-
-def of_runs(out: Path) -> dict[str, Any]:
-    """Without who holds a run, and what its ranks tell each other."""
-    files = tree(out).items()
-    return {path: bits for path, bits in files if not path.endswith(".lock") and path[0] != "."}
 
 
 def ours(ended: list[Ended]) -> list[str]:
@@ -116,7 +63,7 @@ def test_auto_goes_on_with_the_newest_run_that_holds_a_checkpoint(script, named)
 
 def test_auto_without_a_name_takes_no_run_of_another_script(script):
     script.killed(**AUTO, KILL_AT=3)
-    other = Script(script.folder, SCRIPT, "other.py")
+    other = Script(script.folder, TRAINING, "other.py")
     assert origin(other.killed(**AUTO, KILL_AT=2)) == "0"
     assert origin(script.run(**AUTO)) == "3"
     assert origin(other.run(**AUTO)) == "2"
@@ -125,7 +72,7 @@ def test_auto_without_a_name_takes_no_run_of_another_script(script):
 def test_a_name_belongs_to_one_script(script):
     script.killed(**AUTO, NAME="run", KILL_AT=3)
     before = tree(script.folder)
-    other = Script(script.folder, SCRIPT, "other.py")
+    other = Script(script.folder, TRAINING, "other.py")
     said = refused(other.run(1, **AUTO, NAME="run"))
     assert all(word in said for word in ("out/run", "train.py", "other.py"))
     assert tree(script.out) == {p[4:]: b for p, b in before.items() if p.startswith("out/")}
@@ -135,7 +82,7 @@ def test_a_name_belongs_to_one_script(script):
 def test_a_folder_that_was_moved_is_still_itself(script):
     script.killed(**AUTO, NAME="run", KILL_AT=3)
     script.folder.rename(script.folder.with_name("moved"))
-    moved = Script(script.folder.with_name("moved"), SCRIPT)
+    moved = Script(script.folder.with_name("moved"), TRAINING)
     assert origin(moved.run(**AUTO, NAME="run")) == "3"
     assert names(moved.out) == names(moved.folder / "logs/tb") == ["run"]
 
@@ -241,7 +188,7 @@ def test_a_completed_run_that_is_given_more_to_do_is_forked(script):
     manifest = read_json(script.out / "run-2/run_manifest.json")
     [parent] = [each["parent"] for each in manifest["resumed"]]
     assert parent.endswith("out/run/checkpoints/step_00000006")
-    straight = Script(script.folder.with_name("straight"), SCRIPT).run(**{**AUTO, "STEPS": 8})
+    straight = Script(script.folder.with_name("straight"), TRAINING).run(**{**AUTO, "STEPS": 8})
     assert ended.lines("loss") == straight.lines("loss")[6:]
 
 
@@ -250,7 +197,7 @@ def test_a_failed_start_leaves_no_run_behind(script):
         ended = script.run(1, OBS_RESUME=wish, SAVE_INTERVAL=1, STEPS="none", NAME="run")
         assert "ValueError" in ended.said
         assert names(script.out) == names(script.folder / "logs/tb") == []
-    broken = Script(script.folder, SCRIPT.replace("while step < steps:", "raise OSError\n"))
+    broken = Script(script.folder, TRAINING.replace("while step < steps:", "raise OSError\n"))
     broken.run(1, **AUTO, NAME="run")
     assert names(script.out) == names(script.folder / "logs/tb") == []
 
@@ -258,14 +205,14 @@ def test_a_failed_start_leaves_no_run_behind(script):
 def test_a_failed_start_takes_nothing_from_the_run_that_it_resumed(script):
     script.killed(**AUTO, NAME="run", KILL_AT=3)
     before = tree(script.folder)
-    Script(script.folder, SCRIPT.replace("while step < steps:", "raise OSError\n")).run(
+    Script(script.folder, TRAINING.replace("while step < steps:", "raise OSError\n")).run(
         1, **AUTO, NAME="run"
     )
     after = tree(script.folder)
     assert before.keys() <= after.keys()
     journal = "out/run/metrics.ndjson"
     assert after[journal].startswith(before[journal])
-    again = Script(script.folder, SCRIPT).run(**AUTO, NAME="run")
+    again = Script(script.folder, TRAINING).run(**AUTO, NAME="run")
     assert origin(again) == "3"
     assert [line.split()[0] for line in curve(script.out / "run")] == list("123456")
 
@@ -306,9 +253,9 @@ def test_a_run_that_is_alive_is_refused_by_name_and_pid(script, wish):
 
 def test_a_worker_that_outlives_its_run_does_not_hold_it(script):
     """A data loader's worker may hang on for a while after its parent was killed."""
-    forking = SCRIPT.replace("while step", "if os.fork() == 0: time.sleep(9)\nwhile step", 1)
+    forking = TRAINING.replace("while step", "if os.fork() == 0: time.sleep(9)\nwhile step", 1)
     Script(script.folder, forking).killed(**AUTO, NAME="run", KILL_AT=3)
-    assert origin(Script(script.folder, SCRIPT).run(**AUTO, NAME="run")) == "3"
+    assert origin(Script(script.folder, TRAINING).run(**AUTO, NAME="run")) == "3"
 
 
 # --- A folder of checkpoints that two runs share --------------------------------------------------

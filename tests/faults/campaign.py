@@ -2,10 +2,10 @@
 
     python tests/faults/campaign.py --kills 300 --chain 20 --seed 1
 
-Kills come at random instants. While too few have hit a save or a resume, the next is aimed: it waits
-for a save's `.tmp-…` directory to have so many files, or for a resume to begin. After each, `verify`
-must hold and nothing that was said to be saved be gone; the resumed run must end in the bits of one
-never killed, and TensorBoard's own reader must see one curve.
+Kills come at random instants. While too few have hit a save or a resume, the next is aimed: it
+waits for a save's `.tmp-…` directory to have so many files, or for a resume to begin. After each,
+`verify` must hold and nothing that was said to be saved be gone; the resumed run must end in the
+bits of one never killed, and TensorBoard's own reader must see one curve.
 """
 
 from __future__ import annotations

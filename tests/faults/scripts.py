@@ -25,6 +25,39 @@ from typing import Any, NamedTuple
 import torch
 from conftest import forks, python
 
+TRAINING = """
+import os, signal, time, torch
+import observability as obs
+
+steps, kill_at = int(os.environ["STEPS"]), int(os.environ.get("KILL_AT", "0"))
+torch.manual_seed(1)
+model = torch.nn.Linear(4, 1)
+opt = torch.optim.AdamW(model.parameters(), lr=float(os.environ.get("LR", "0.05")))
+run = obs.init(os.environ.get("NAME"), config={"steps": steps, "lr": opt.defaults["lr"]})
+obs.watch(model, optimizer=opt)
+step = 0
+signal.alarm(int(os.environ.get("SECONDS", "0")))
+step = obs.resume(step=step)
+signal.alarm(0)
+print("from", step)
+while os.environ.get("HOLD") and not os.path.exists("go"):
+    time.sleep(0.01)
+while step < steps:
+    loss = model(torch.rand(8, 4)).square().mean()
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+    step += 1
+    print("loss", step, loss.item().hex())
+    obs.step(step, loss=loss)
+    run.settle()
+    if step == kill_at:
+        os.kill(os.getpid(), 9)
+obs.finish()
+"""
+SAVING = {"SAVE_INTERVAL": 1, "STEPS": 6}
+AUTO = {**SAVING, "OBS_RESUME": "auto"}
+
 
 class Ended(NamedTuple):
     code: int  # as a shell has it; of a signal its number, negative
@@ -150,3 +183,25 @@ def tree(folder: Path) -> dict[str, Any]:
         for path in sorted(folder.rglob("*"))
         if path.is_symlink() or path.is_file()
     }
+
+
+def of_runs(out: Path) -> dict[str, Any]:
+    """Without who holds a run, and what its ranks tell each other."""
+    files = tree(out).items()
+    return {path: bits for path, bits in files if not path.endswith(".lock") and path[0] != "."}
+
+
+def origin(ended: Ended) -> str:
+    """The step that a run began from."""
+    [step] = ended.lines("from")
+    return step
+
+
+def refused(ended: Ended) -> str:
+    """The error that ended it, which resume() raised."""
+    assert ended.code == 1
+    assert not ended.lines("from")
+    assert "obs.resume(" in ended.said
+    kind, _, said = ended.said.splitlines()[-1].partition(": ")
+    assert kind in ("observability.CheckpointError", "observability.DamageError")
+    return said
