@@ -271,11 +271,9 @@ class Kills:
 
     def place(self, part: Recording, done: int) -> tuple[int, list[Entry]]:
         """Where in the uninterrupted run a process began, and what it did from there on."""
-        at, mark = 0, next((entry for entry in part.entries if entry.kind == "resume"), None)
+        mark = next((entry for entry in part.entries if entry.kind == "resume"), None)
         entries = part.entries[part.entries.index(mark) + 1 if mark else 0 :]
-        if mark:  # a place that the uninterrupted run never saved leaves 0, and so differs
-            same = (e.kind == "at" and e.bits == mark.bits for e in self.whole[:done])
-            at = max((index + 1 for index, known in enumerate(same) if known), default=0)
+        at = int(mark.bits) if mark else 0
         killed = entries[-1].step if part.code == -signal.SIGKILL and entries else None
         self.runs.append({"resumed_at": mark and mark.step, "killed_at": killed})
         return at, [entry for entry in entries if entry.kind != "done"]

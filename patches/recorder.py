@@ -52,7 +52,7 @@ class Job:
 class Entry(NamedTuple):
     """Something that a run did."""
 
-    kind: str  # loss, value, step, end; done; of the drop-in at (its step) and resume
+    kind: str  # loss, value, step, end; done; of the drop-in at (its step) and resume (entries)
     step: int  # optimizer steps so far, of a loss with the one under way
     bits: str
     value: float | None = None
@@ -261,11 +261,12 @@ class Marks:
         self.flush()
 
     def saving(self, step: int) -> list[int]:
-        return [step, self.recorder.steps, self.recorder.noted + (self.made is not None)]
+        """Its place: a save may come with a step, or behind all that follows it in its epoch."""
+        return [self.recorder.steps, self.recorder.noted + (self.made is not None)]
 
     def resumed(self, kept: Sequence[int]) -> None:
-        step, self.recorder.steps, noted = kept
-        self.recorder.note("resume", str(step))
+        self.recorder.steps, noted = kept
+        self.recorder.note("resume", str(noted))
         self.recorder.noted = noted
 
 

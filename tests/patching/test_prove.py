@@ -178,6 +178,22 @@ def test_what_a_loader_reads_on_the_way_back_is_not_compared(script):
     assert report["counts"]["value"] == 10
 
 
+def test_a_save_behind_the_end_of_an_epoch_is_known_by_its_place(script):
+    """The best weights are saved behind what the epoch's tail reads, at a step that was noted."""
+    head, loop = SCRIPT.split("while step < 10:\n")
+    body, end = loop.split("obs.finish()")
+    inner = "        if obs.skip_batch(): continue  # observability\n"
+    inner += "".join(f"    {row}\n" for row in body.splitlines())
+    inner += "    val = model(data).abs().mean().item()\n    obs.validation(val)  # observability\n"
+    skip = "    if obs.skip_epoch(epoch): continue  # observability\n"
+    epochs = f"for epoch in range(3):\n{skip}    for batch in range(4):\n{inner}"
+    script.write_text(f"{head}{epochs}obs.finish(){end}")
+    report = prove_script(script, kill=6, pairs=1, seed=5)
+    assert (report["verdict"], report["resume"]["verdict"]) == ("identical", "identical")
+    assert report["resume"]["save_interval"] == 3
+    assert {4, 8} & {run["resumed_at"] for run in report["resume"]["runs"]}
+
+
 def test_kills_find_what_is_not_carried(script):
     edit(
         script,

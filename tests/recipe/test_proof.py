@@ -281,7 +281,7 @@ def mounted(tmp_path):
 @pytest.mark.parametrize(
     ("room", "said"),
     [
-        (0, "config.json cannot be written"),
+        (0, "the run directory is off"),
         (40_000, "metrics.ndjson cannot be written"),
         (None, "the run directory is off"),
     ],
