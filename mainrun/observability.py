@@ -2809,8 +2809,9 @@ def names_in(frame: types.FrameType) -> dict[str, Any]:
     """What is in sight there: its module's names and its locals."""
     own = frame.f_locals
     names = {**frame.f_globals, **own}
-    if isinstance(own, dict) and frame.f_code.co_flags & 1:
+    if isinstance(own, dict) and frame.f_code.co_flags & 1 and sys.getrefcount(own) <= 3:
         # A function's, and before Python 3.13 a copy: left full, it would keep the locals alive.
+        # Another count is of a script that has called locals() itself, which is this very dict.
         own.clear()
     return names
 
@@ -2928,7 +2929,7 @@ class CallSiteChecks:
     def compare(self) -> None:
         """Behind the loop, for to read a state may wait for its device."""
         for probe in [probe for some in self._probes.values() for probe in some]:
-            of_epoch = re.split(r"\W", probe.path)[0] in self._epochs_own
+            of_epoch = probe.path.partition(".")[0] in self._epochs_own
             at, now = (probe.path, self._epoch if of_epoch else None), probe.read()
             moves = now not in (None, []) and self._first.setdefault(at, now) != now
             if moves and not probe.is_given(self._made_anew):
@@ -2956,6 +2957,10 @@ def script_frames(root: Any = None) -> list[types.FrameType]:
     return frames
 
 
+_INERT = (int, float, str, bytes, type(None), type, types.FunctionType, types.ModuleType)
+_NOT_STRANGE = frozenset({"torch", "numpy", __name__, *sys.stdlib_module_names} - {"__main__"})
+
+
 def in_sight(frames: Sequence[types.FrameType], without: set[str]) -> dict[str, Any]:
     """What has a state, by the names that lead there, the shortest first."""
     found, seen = dict[str, Any](), set[int]()
@@ -2963,7 +2968,7 @@ def in_sight(frames: Sequence[types.FrameType], without: set[str]) -> dict[str, 
     todo = deque((name, value, 3) for name, value in names.items())
     while todo and len(seen) < 5000:
         path, value, depth = todo.popleft()
-        if id(value) in seen or path in without:
+        if isinstance(value, _INERT) or id(value) in seen or path in without:
             continue
         seen.add(id(value))
         if has_state(value):
@@ -2994,18 +2999,18 @@ def parts_of(value: Any) -> Iterator[tuple[str, Any]]:
 def is_strange(value: Any) -> bool:
     """Neither torch's nor of the standard library."""
     root = type(value).__module__.partition(".")[0]
-    known = {"torch", "numpy", __name__, *sys.stdlib_module_names} - {"__main__"}
-    return hasattr(value, "__dict__") and root not in known
+    return root not in _NOT_STRANGE and hasattr(value, "__dict__")
 
 
 def drives(value: Any) -> bool:
     """Whether it gives batches, is stepped or called: of torch's data, or the script's own."""
     data, kind = torch_module().utils.data, type(value)
+    if not is_strange(value):
+        return isinstance(value, data.DataLoader | data.Sampler | data.Dataset)
     names = ("__iter__", "__next__", "__getitem__", "next_batch", "get_batch", "step")
     does = callable(value) or any(hasattr(kind, name) for name in names)
     file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
-    own = does and is_strange(value) and "site-packages" not in file
-    return own or isinstance(value, data.DataLoader | data.Sampler | data.Dataset)
+    return does and "site-packages" not in file
 
 
 def is_iterator(value: Any) -> bool:
@@ -3687,7 +3692,12 @@ def read_state(path: str | Path) -> dict[str, Any]:
     names = ("epoch", "global_step", "step_in_epoch")
     known = {name: state[name] for name in names if type(state.get(name)) is int}
     absent = dict.fromkeys((*_COUNTS, "ended", "broke"), 0) | {"steps": known.get("global_step", 0)}
-    none = {"epoch": None, "best": None, "latest_validation": None, "loss_history": []}
+    none: dict[str, Any] = {
+        "epoch": None,
+        "best": None,
+        "latest_validation": None,
+        "loss_history": [],
+    }
     inexact = ["nothing vouches for its files"]
     return {**absent, **none, "world_size": 1, "inexact": inexact, **known}
 
