@@ -197,6 +197,19 @@ class Noam:
         self.optimizer.step()
 
 
+class EarlyStopping:
+    """Counts the evaluations that bring nothing."""
+
+    def __init__(self):
+        self.best, self.counter, self.stops = 1e9, 0, False
+
+    def __call__(self, loss):
+        self.counter += 1
+        if loss < self.best - 1:
+            self.best, self.counter = loss, 0
+        self.stops = self.counter > 99
+
+
 def hidden(thing):
     """Its step(), where no name leads to it."""
     return lambda: thing.step()

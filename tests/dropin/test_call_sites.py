@@ -537,6 +537,13 @@ INEXACT = {
         edited(piece("Noam", f"{LOADER}noam = Noam(opt)"), (UPDATE, "        noam.step()\n")),
         "`noam.made` moves and is in no checkpoint; carry it",
     ),
+    "a count of evaluations in an object": (
+        edited(
+            piece("EarlyStopping", f"{LOADER}stopping = EarlyStopping()"),
+            behind_the_epoch("stopping(loss.item())", "if stopping.stops: break"),
+        ),
+        "`stopping.(best|counter)` moves and is in no checkpoint; carry it",
+    ),
     "a counter in the model": (
         edited(net("Counts")),
         "`Counts.calls` moves and is in no checkpoint; carry it, or make it a buffer",
