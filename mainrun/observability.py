@@ -218,7 +218,7 @@ class Run:
             self.recorder.degrade("the run directory", error)
         self.recorder.open(self.home, tags, resumed, self._tick)
         if self._checkpointer is not None:
-            self._checkpointer.tell_ranks()
+            self._checkpointer.opened()
         atexit.register(self._at_exit)
         say(f"{event} at step {self.global_step}: recording in {self.dir}")
 
@@ -394,6 +394,8 @@ class Run:
         # In mid-iteration the optimizer has stepped and step() is yet to come.
         at = whole_number("step", step, self.global_step + self.optimizers.stepped)
         evaluation = self.curve.expect(at, self.epoch, self.weights_seen())
+        if not self.optimizers.steps and self._checkpointer and self._checkpointer.in_iteration():
+            evaluation.weights += 0.5  # no hook tells whether they are those of the step before
         self.recorder.record("eval", at, {"loss/val_step": loss, **record})
         if self._checkpointer is not None:
             self._checkpointer.evaluated(evaluation)
@@ -1255,7 +1257,7 @@ class Evaluation:
     """One validation: its step and epoch, which weights it was of, and its loss."""
 
     def __init__(
-        self, step: int, epoch: int | None, weights: int, loss: float | None = None
+        self, step: int, epoch: int | None, weights: float, loss: float | None = None
     ) -> None:
         self.step, self.epoch, self.weights = step, epoch, weights
         self.loss = loss  # None until it has come from the device
@@ -1284,7 +1286,9 @@ class Curve:
         evaluation = self._awaited.popleft()
         evaluation.loss = loss
         self._validations.append(evaluation)
-        if math.isfinite(loss) and (self.best is None or loss < (self.best.loss or 0.0)):
+        best = self.best
+        again = best is not None and (best.step, best.loss) == (evaluation.step, loss)
+        if math.isfinite(loss) and (best is None or again or loss < (best.loss or 0.0)):
             self.best = evaluation
 
     def take(self, record: Record) -> None:
@@ -1322,8 +1326,9 @@ class Curve:
         self.recorded = last > 0  # not in a fork
         self._losses.extend((step, float(loss)) for step, loss in state["loss_history"])
         self._before = [loss for _, loss in self._losses][-20:]
+        weights = -state["steps"] if state.get("is_best") else 0
         best, latest = (
-            each and Evaluation(each[0], each[1], 0, float(each[2]))
+            each and Evaluation(each[0], each[1], weights, float(each[2]))
             for each in (state["best"], state["latest_validation"])
         )
         self.best = best
@@ -2272,12 +2277,13 @@ class Loop:
     def __init__(self) -> None:
         self.epoch: Any = None
         self.batches = 0  # of this epoch, with the one under way
+        self.rests = False  # since step(), up to the next iteration
         self.broke = False  # the loop, after the step that was last
         self.leave = False  # the loop, in a resumed run
         self.start: Any = None  # the generators before the loop over batches
 
     def begin(self, epoch: Any, start: Any, batches: int = 0) -> None:
-        self.epoch, self.start, self.batches = epoch, start, batches
+        self.epoch, self.start, self.batches, self.rests = epoch, start, batches, False
 
 
 class ResumePoint(NamedTuple):
@@ -2319,8 +2325,7 @@ class Checkpointer:
         self._carried = CarriedLocals()
         self._checks = CallSiteChecks(run.watched, self._loop, self._carried)
         self._saver: Saver | None = None
-        self._evaluation: Evaluation | None = None
-        self._saved: tuple[int, Path | None] = (0, None)  # which weights, and where
+        self._saved: tuple[float, Path | None] = (0, None)  # which weights, and where
 
     def reserve(self) -> bool:
         """Find the run that is to be gone on with, and take its lock; False for a new run.
@@ -2347,6 +2352,10 @@ class Checkpointer:
         """In another run; returns the state that it is a fork of, if of one."""
         self.is_back, self.completed, self._plan, self._error = True, False, None, None
         return self.resumed and {**self.resumed, "parent": str(self._saved[1]), "seq": 0}
+
+    def opened(self) -> None:
+        self.tell_ranks()
+        self._name_best()  # a kill may have come before it had its name
 
     def tell_ranks(self, refusal: str = "") -> None:
         """What rank 0 has decided."""
@@ -2414,7 +2423,7 @@ class Checkpointer:
         differs = "; ".join(differences(state, run, saved["optimizer"]))
         if differs:
             say(f"resuming {path} where not all is as it was: {differs}")
-        self._saved = (0, path)
+        self._saved = (-state["steps"], path)
         self._publish_weights(path)
         return {
             **state,
@@ -2449,6 +2458,7 @@ class Checkpointer:
         """Whether a resumed run has done this batch already."""
         loop, point = self._loop, self._point
         loop.batches += 1
+        loop.rests = False
         if point is None or point.epoch != loop.epoch:
             return False
         if loop.batches >= point.restore_at:
@@ -2474,7 +2484,7 @@ class Checkpointer:
 
     def after_step(self, carry: Mapping[str, Any] | None, last: bool) -> int | None:
         loop = self._loop
-        loop.broke = last
+        loop.broke, loop.rests = last, True
         if carry:
             self._carried.given.update(carry)
         if not self._checks.seen:
@@ -2502,16 +2512,29 @@ class Checkpointer:
         if self.policy.every and not self._is_due():  # the save would find it in its way
             self._open_saver().prepare(self._parts(), self._checks.compare)
 
+    def in_iteration(self) -> bool:
+        """Whether the step is yet to come that moves these weights, and no exact place before."""
+        loop = self._loop
+        has_skips = loop.epoch is not None or loop.batches
+        return not self._run.optimizers.stepped and not (loop.rests and has_skips)
+
     @fenced
     def evaluated(self, evaluation: Evaluation) -> None:
         """Have weights kept that no evaluation so far has found better."""
-        self._evaluation, best = evaluation, self._run.curve.best
-        if not self.policy.every or not self._run.saving.save_best:
+        run, best = self._run, self._run.curve.best
+        if not self.policy.every or not run.saving.save_best or not run.steps:
             return
+        if evaluation.loss is not None and evaluation is not best:
+            return
+        aside = self.in_iteration()
+        if aside:
+            self.settle()
         if evaluation.weights == self._saved[0]:
             self._name_best()
-        elif evaluation.loss is None or best is evaluation:
+        elif not aside:
             self.wanted = True
+        elif not self._open_saver().store.path(run.global_step).exists():
+            self.save(aside=evaluation)
 
     @fenced
     def _save_now(self, **where: Any) -> int | None:
@@ -2528,10 +2551,15 @@ class Checkpointer:
         fetched: int = 0,
         carry: Iterable[str] = (),
         wait: bool = False,
+        aside: Evaluation | None = None,
     ) -> bool:
-        """Snapshot, and write behind; False while one is in flight, unless that is waited for."""
+        """Snapshot, and write behind; False while one is in flight, unless that is waited for.
+
+        One that is made `aside`, for its weights, at no exact place, is gone on from only for want
+        of another.
+        """
         run, loop, began = self._run, self._loop, time.monotonic()
-        self.wanted = False
+        self.wanted = self.wanted and aside is not None
         frames = script_frames(self._checks.root[0])
         self._carried.look(frames, carry, self._checks)
         self._checks.look(frames)
@@ -2543,18 +2571,23 @@ class Checkpointer:
             "ended": ended,
             "fetched": fetched,
             "broke": loop.broke,
+            "aside": aside is not None,
             "global_step": run.global_step,
             "steps": run.steps,
             "seq": run.recorder.seq,
             "time": time.time(),
             **run.progress(),
         }
-        weights, saver = run.weights_seen(), self._open_saver()
+        weights, saver = aside.weights if aside else run.weights_seen(), self._open_saver()
 
         def late() -> dict[str, Any]:
             run.recorder.land()
             run.recorder.drain()
-            return {**state, **run.curve.facts(state["global_step"]), **self._checks.report()}
+            facts = {**run.curve.facts(state["global_step"]), **self._checks.report()}
+            if aside:
+                facts["inexact"] = [*facts["inexact"], "it was made at an evaluation"]
+            best = run.curve.best
+            return {**state, **facts, "is_best": best is not None and best.weights == weights}
 
         def saved(path: Path) -> None:
             self._saved = (weights, path)
@@ -2613,11 +2646,11 @@ class Checkpointer:
         return run.home.path / str(run.home.config["checkpoints"])
 
     def _name_best(self) -> None:
-        evaluation, (weights, path) = self._evaluation, self._saved
-        if evaluation is None or path is None or self._saver is None or evaluation.loss is None:
-            return
-        if evaluation.weights == weights and evaluation is self._run.curve.best:
-            self._saver.store.link("best", path)
+        best, (weights, path) = self._run.curve.best, self._saved
+        if best is not None and best.weights == weights and path is not None:
+            store = self._open_saver().store
+            if path.parent == store.directory:
+                store.link("best", path)
 
     @fenced
     def _publish_weights(self, path: Path) -> None:
@@ -3619,8 +3652,7 @@ class CheckpointStore:
         except BaseException:  # the disk's errors, a stranger's state, an interrupt: all go on up
             shutil.rmtree(staging, ignore_errors=True)
             raise
-        self.link("latest", final)
-        self._retain()
+        self._retain(final)
         return final
 
     def _refuse_a_strangers(self, final: Path) -> None:
@@ -3636,10 +3668,12 @@ class CheckpointStore:
             os.symlink(path.name, temporary)
             os.replace(temporary, self.directory / name)
 
-    def _retain(self) -> None:
+    def _retain(self, new: Path) -> None:
         own = [p for p, state in checkpoints(self.directory) if state.get("run_id") == self._run_id]
+        self.link("latest", own[0])
         best = self.directory / "best"
-        keep = {*own[: self.keep_last], *self.keep, best.resolve() if best.is_symlink() else best}
+        keep = {new, *own[: self.keep_last], *self.keep}
+        keep.add(best.resolve() if best.is_symlink() else best)
         for path in own:
             with contextlib.suppress(OSError):  # the new one is saved all the same
                 if path not in keep and path.resolve() not in keep:
@@ -3672,7 +3706,9 @@ def checkpoints(directory: str | Path) -> list[tuple[Path, dict[str, Any]]]:
             found.append((path, read_state(path)))
         except DamageError:
             found.append((path, {}))
-    return sorted(found, key=lambda f: (f[1].get("sequence", math.inf), f[0].name), reverse=True)
+    # One that was made at an evaluation is the last to be gone on from, and the first to go.
+    found.sort(key=lambda f: (not f[1].get("aside"), f[1].get("sequence", math.inf), f[0].name))
+    return found[::-1]
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
