@@ -1238,11 +1238,15 @@ class Journal:
             os.fsync(self._fd)
 
     def _next_shard(self) -> None:
-        older = shards(self._path.parent, self._path.name)[:-1]
-        number = 1 + (int(older[-1].stem.rpartition(".")[2]) if older else 0)
         with contextlib.suppress(OSError):  # it goes on in the old file
-            os.rename(self._path, self._path.with_suffix(f".{number:04d}{self._path.suffix}"))
-            self._begin_file()
+            older = shards(self._path.parent, self._path.name)[:-1]
+            number = 1 + (int(older[-1].stem.rpartition(".")[2]) if older else 0)
+            target = self._path.with_suffix(f".{number:04d}{self._path.suffix}")
+            os.rename(self._path, target)
+            try:
+                self._begin_file()
+            except OSError:  # no room, no handle
+                os.rename(target, self._path)
 
     def close(self) -> int:
         """Returns how many lines found no place."""

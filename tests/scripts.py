@@ -50,3 +50,10 @@ def wait_until(happened: Callable[[], Any], seconds: float = 30.0) -> None:
     while not happened():
         assert time.monotonic() < until, "it did not happen"
         time.sleep(0.005)
+
+
+def wait_for_words(capfd: Any, words: str) -> str:
+    """Until they are on stderr; all that was said by then."""
+    said: list[str] = []
+    wait_until(lambda: said.append(capfd.readouterr().err) or words in "".join(said))
+    return "".join(said)
