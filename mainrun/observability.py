@@ -365,10 +365,10 @@ class Run:
 
     @fenced
     def save(self, /) -> None:
-        """Ask for a checkpoint: at this iteration's step(), or where the next one begins."""
+        """Ask for a checkpoint: at the next step(), or at the end of the epoch."""
         if self._records("save"):
             self._checkpointer = self._checkpointer or Checkpointer(self)
-            self._checkpointer.wanted = True
+            self._checkpointer.wanted = "the script"
 
     @fenced
     def validation(
@@ -452,7 +452,7 @@ class Run:
         self._pace.batches += 1
         if self._checkpointer is None:
             return False
-        self._obey(self._checkpointer.before_batch())
+        self._obey(self._checkpointer.before_iteration())
         return self._checkpointer is not None and self._checkpointer.skip_batch()
 
     @fenced
@@ -1280,6 +1280,11 @@ class Curve:
         self._awaited: deque[Evaluation] = deque()
         self._redone: dict[int, float] = {}  # losses by step, of what a resumed run does again
         self._before: list[float] = []
+
+    def candidate(self) -> Evaluation:
+        """The best, or one whose loss has not come yet and may be."""
+        none = Evaluation(0, None, math.nan)
+        return self._awaited[-1] if self._awaited else self.best or none
 
     def expect(self, step: int, epoch: int | None, weights: int) -> Evaluation:
         self._awaited.append(Evaluation(step, epoch, weights))
@@ -2282,12 +2287,14 @@ class Loop:
         self.epoch: Any = None
         self.batches = 0  # of this epoch, with the one under way
         self.rests = False  # since step(), up to the next iteration
+        self.held: dict[str, Any] | None = None  # the generators at a step() that may be the last
         self.broke = False  # the loop, after the step that was last
         self.leave = False  # the loop, in a resumed run
         self.start: Any = None  # the generators before the loop over batches
 
     def begin(self, epoch: Any, start: Any, batches: int = 0) -> None:
-        self.epoch, self.start, self.batches, self.rests = epoch, start, batches, False
+        self.epoch, self.start, self.batches = epoch, start, batches
+        self.held, self.rests = None, False
 
 
 class ResumePoint(NamedTuple):
@@ -2295,7 +2302,6 @@ class ResumePoint(NamedTuple):
 
     epoch: Any
     batches: int  # that are done
-    restore_at: int  # the call of skip_batch that puts the generators back
     passed: int  # of the batches, by a loader with a state of its own
     whole: bool  # nothing of the epoch is left to do
     broke: bool  # the loop was left here
@@ -2309,13 +2315,12 @@ class Checkpointer:
     therefore begins with the generators as they were when it first began, passes the batches that
     are done, and at the last of them gives the generators the state that the checkpoint has.
 
-    A save is exact in three places: in step(), where the batches of the epoch are counted; where
-    the next iteration begins, in skip_batch(); and between two epochs, in skip_epoch(). A save
-    that is asked for elsewhere waits for the next of them.
+    A save is exact in two places: in step(), where the batches of the epoch are counted, and
+    between two epochs, in skip_epoch(). One that is asked for elsewhere waits for the next of them.
     """
 
     def __init__(self, run: Run) -> None:
-        self.wanted = False  # a save, at the next place where it is exact
+        self.wanted = ""  # a save, at the next place where it is exact, and what it is for
         self.is_back = False
         self.completed = False  # the run that is resumed
         self.resumed: dict[str, Any] | None = None  # the state that it begins with
@@ -2410,13 +2415,7 @@ class Checkpointer:
             if saved["loader"] and len(loaders[0]) == batches:
                 saved = {**saved, "start": saved}
         self._point = ResumePoint(
-            epoch,
-            batches,
-            batches + state["fetched"],
-            batches if saved["loader"] else 0,
-            whole,
-            state["broke"],
-            saved,
+            epoch, batches, batches if saved["loader"] else 0, whole, state["broke"], saved
         )
         if epoch is None:
             self._enter(self._point)
@@ -2465,7 +2464,7 @@ class Checkpointer:
         loop.rests = False
         if point is None or point.epoch != loop.epoch:
             return False
-        if loop.batches >= point.restore_at:
+        if loop.batches >= point.batches:
             self._point = None
             set_rng_state(point.rng, self._run.watched["generator"])
         return loop.batches <= point.batches
@@ -2495,12 +2494,22 @@ class Checkpointer:
             self._checks.seen = True
             self._first_step()
         # Behind an epoch's last batch the script may read what a resumed run has not got: its loss.
-        exact = not self._checks.reads_behind if loop.batches else loop.epoch is None
-        return self._save_now(carry=carry or ()) if exact and self._is_due() else None
+        loop.held = None
+        if not self._is_due() or (loop.epoch is not None and not loop.batches):
+            return None
+        if not loop.batches or not self._checks.reads_behind:
+            return self._save_now(carry=carry or ())
+        loop.held = fenced(self._draws)()
+        return None
 
-    def before_batch(self) -> int | None:
-        exact = self._loop.batches > 0 and self._point is None
-        return self._save_now(fetched=1) if exact and self._is_due() else None
+    def before_iteration(self) -> int | None:
+        """A batch is drawn already: here is saved what was due before, at step()."""
+        held, best = self._loop.held, self._run.curve.candidate()
+        if held is not None:
+            return self._save_now(held=held)
+        if self.wanted == "best" and self._loop.rests and best.weights == self._run.weights_seen():
+            fenced(self.save)(aside=best)
+        return None
 
     def between_epochs(self) -> int | None:
         exact = self._loop.epoch is not None and self._point is None
@@ -2508,7 +2517,7 @@ class Checkpointer:
 
     def _is_due(self) -> bool:
         steps = self._run.steps
-        return self.wanted or self.signals.number is not None or self.policy.due(steps)
+        return bool(self.wanted or self.signals.number) or self.policy.due(steps)
 
     @fenced
     def _first_step(self) -> None:
@@ -2536,7 +2545,7 @@ class Checkpointer:
         if evaluation.weights == self._saved[0]:
             self._name_best()
         elif not aside:
-            self.wanted = True
+            self.wanted = self.wanted or "best"
         elif not self._open_saver().store.path(run.global_step).exists():
             self.save(aside=evaluation)
 
@@ -2552,7 +2561,7 @@ class Checkpointer:
         self,
         *,
         ended: bool = False,
-        fetched: int = 0,
+        held: dict[str, Any] | None = None,
         carry: Iterable[str] = (),
         wait: bool = False,
         aside: Evaluation | None = None,
@@ -2563,7 +2572,7 @@ class Checkpointer:
         of another.
         """
         run, loop, began = self._run, self._loop, time.monotonic()
-        self.wanted = self.wanted and aside is not None
+        self.wanted = self.wanted if aside and self.wanted != "best" else ""
         frames = script_frames(self._checks.root[0])
         self._carried.look(frames, carry, self._checks)
         self._checks.look(frames)
@@ -2573,7 +2582,6 @@ class Checkpointer:
             "epoch": loop.epoch,
             "step_in_epoch": loop.batches,
             "ended": ended,
-            "fetched": fetched,
             "broke": loop.broke,
             "aside": aside is not None,
             "global_step": run.global_step,
@@ -2600,25 +2608,32 @@ class Checkpointer:
             run.recorder.event("saved", state["global_step"], checkpoint=path.name)
 
         done = saver.save(
-            run.global_step, self._parts, late, saved, wait=run.saving.save_timeout if wait else 0
+            run.global_step,
+            lambda: self._parts(held),
+            late,
+            saved,
+            wait=run.saving.save_timeout if wait else 0,
         )
         self.policy.saved(run.steps, began, saver.write_s)
         return done
 
-    def _parts(self) -> dict[str, Any]:
+    def _draws(self) -> dict[str, Any]:
+        """What the next batch comes from."""
+        watched = self._run.watched
+        loaders = [each for each in watched["loader"] if hasattr(each, "load_state_dict")]
+        states = [copy.deepcopy(each.state_dict()) for each in loaders]
+        return {**rng_state(watched["generator"]), "loader": states}
+
+    def _parts(self, held: Mapping[str, Any] | None = None) -> dict[str, Any]:
         run = self._run
-        loaders = [
-            each.state_dict() for each in run.watched["loader"] if hasattr(each, "load_state_dict")
-        ]
         kept = {
             type(each).__name__: fenced(each.saving)(run.global_step)
             for each in run.listeners
             if hasattr(each, "saving")
         }
         rng = {
-            **rng_state(run.watched["generator"]),
+            **(held or self._draws()),
             "start": self._loop.start,
-            "loader": loaders,
             "listeners": kept,
             "carry": self._carried.plain(),
         }
@@ -2880,8 +2895,7 @@ class CallSiteChecks:
         self.root: tuple[Any, int] = (None, 0)  # the function and the line that called resume()
         self._watched, self._loop, self._carried = watched, loop, carried
         self._notes: list[str] = []
-        self._made_anew: set[str] = set()  # by each iteration, or given back by resume()
-        self._epochs_own: set[str] = set()  # made anew by each iteration of a loop around that one
+        self._text = ScriptText()
         self._known = Known({kind: [] for kind in KINDS})
         self._probes: dict[tuple[str, int], list[Probe]] = {}
         self._first: dict[Any, Any] = {}  # what a probe read first
@@ -2901,7 +2915,7 @@ class CallSiteChecks:
     def see_at_resume(self) -> None:
         frames = script_frames()
         self.root = frames[0].f_code, frames[0].f_lineno
-        things = in_sight(frames, set())
+        things = in_sight(frames, self._text)
         for kind, _, thing in [*unwatched(self._watched, things)]:
             self._watched[kind].append(thing)
         for path in (path for path, thing in things.items() if is_iterator(thing)):
@@ -2915,15 +2929,10 @@ class CallSiteChecks:
             self.note("resume() is never called; add obs.resume() before the loop")
         self._known = Known(self._watched)
         frames = script_frames(self.root[0])
-        loops, asked = script_loops(frames, self.root, {*self._carried.asked, *self._carried.given})
-        self._made_anew = asked | {f".{name}" for name in asked}
-        for loop in loops:
-            names = self._made_anew if loop.is_innermost else self._epochs_own
-            names |= loop.made_anew
-            for sentence in (s for rule in LOOP_RULES for s in rule(loop, asked)):
-                self.note(sentence)
-        if loops:
-            self.reads_behind = bool(left_behind(loops[-1]) - asked)
+        self._text = ScriptText(frames, self.root, {*self._carried.asked, *self._carried.given})
+        for sentence in self._text.lacks():
+            self.note(sentence)
+        self.reads_behind = bool(self._text.left)
         self.look(frames)
 
     def end(self) -> None:
@@ -2937,7 +2946,7 @@ class CallSiteChecks:
         """On the loop's thread: who is there, and how far the loaders are."""
         if not self.seen:
             return  # a resumed run saves before its first step
-        things = in_sight(frames, self._made_anew)
+        things = in_sight(frames, self._text)
         self._epoch, loop = self._loop.epoch, self._loop
         began = self._first.setdefault("the first epoch", self._epoch)
         for path, thing in things.items():
@@ -2966,10 +2975,10 @@ class CallSiteChecks:
     def compare(self) -> None:
         """Behind the loop, for to read a state may wait for its device."""
         for probe in [probe for some in self._probes.values() for probe in some]:
-            of_epoch = probe.path.partition(".")[0] in self._epochs_own
+            of_epoch = probe.path.partition(".")[0] in self._text.epochs_own
             at, now = (probe.path, self._epoch if of_epoch else None), probe.read()
             moves = now not in (None, []) and self._first.setdefault(at, now) != now
-            if moves and not probe.is_given(self._made_anew):
+            if moves and not probe.is_given(self._text.made_anew):
                 self.note(f"`{probe.path}` moves and is in no checkpoint; {probe.advice}")
 
 
@@ -2998,17 +3007,17 @@ _INERT = (int, float, str, bytes, type(None), type, types.FunctionType, types.Mo
 _NOT_STRANGE = frozenset({"torch", "numpy", __name__, *sys.stdlib_module_names} - {"__main__"})
 
 
-def in_sight(frames: Sequence[types.FrameType], without: set[str]) -> dict[str, Any]:
+def in_sight(frames: Sequence[types.FrameType], text: ScriptText) -> dict[str, Any]:
     """What has a state, by the names that lead there, the shortest first."""
     found, seen = dict[str, Any](), set[int]()
     names = {name: value for frame in reversed(frames) for name, value in names_in(frame).items()}
     todo = deque((name, value, 3) for name, value in names.items())
     while todo and len(seen) < 5000:
         path, value, depth = todo.popleft()
-        if isinstance(value, _INERT) or id(value) in seen or path in without:
+        if isinstance(value, _INERT) or id(value) in seen or path in text.made_anew:
             continue
         seen.add(id(value))
-        if has_state(value):
+        if has_state(value) or (path in text.tested and is_own(value)):
             found[path] = value
         if depth:
             todo.extend((path + name, part, depth - 1) for name, part in parts_of(value))
@@ -3039,15 +3048,20 @@ def is_strange(value: Any) -> bool:
     return root not in _NOT_STRANGE and hasattr(value, "__dict__")
 
 
+def is_own(value: Any) -> bool:
+    """An object of the script's own."""
+    file = getattr(sys.modules.get(type(value).__module__), "__file__", None) or ""
+    return is_strange(value) and "site-packages" not in file
+
+
 def drives(value: Any) -> bool:
-    """Whether it gives batches, is stepped or called: of torch's data, or the script's own."""
+    """Whether it gives batches, or sets the optimizer: of torch's data, or the script's own."""
     data, kind = torch_module().utils.data, type(value)
     if not is_strange(value):
         return isinstance(value, data.DataLoader | data.Sampler | data.Dataset)
-    names = ("__iter__", "__next__", "__getitem__", "next_batch", "get_batch", "step")
-    does = callable(value) or any(hasattr(kind, name) for name in names)
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
-    return does and "site-packages" not in file
+    names = ("__iter__", "__next__", "__getitem__", "next_batch", "get_batch")
+    sets = hasattr(kind, "step") and "optimizer" in vars(value)
+    return is_own(value) and (sets or any(hasattr(kind, name) for name in names))
 
 
 def is_iterator(value: Any) -> bool:
@@ -3171,7 +3185,7 @@ def probes(path: str, thing: Any, known: Known) -> Iterator[Probe]:
     elif tensors := collected(thing):
         if all(t.shape in known.shapes and id(t) not in known.ids for t in tensors):
             yield Probe(path, values_of(tensors), "keep it in a Module, and watch that")
-    elif drives(thing):
+    elif drives(thing) or is_own(thing):
         yield from numbers_of(path, thing)
 
 
@@ -3230,6 +3244,8 @@ class ScriptLoop:
         self.own = [*nodes_of(node)]  # not those of a loop within
         self.skips = [each.lineno for each in self.own if called(each) in _SKIPS]
         calls: list[Any] = [each for each in ast.walk(node) if called(each) == "next"]
+        tests = [each.test for each in ast.walk(node) if isinstance(each, ast.If | ast.While)]
+        self.tested = {name for test in tests for name in names_of(test)} - {"self"}
         self.taken = {
             (of.id, of.lineno) for each in calls for of in each.args[:1] if hasattr(of, "id")
         }
@@ -3238,24 +3254,44 @@ class ScriptLoop:
 _SKIPS = ("skip_epoch", "skip_batch", "ended")
 
 
-def script_loops(
-    frames: Sequence[types.FrameType], root: tuple[Any, int], asked: set[str]
-) -> tuple[list[ScriptLoop], set[str]]:
-    """The outermost first; and what the loops are given back, with what the text tells of it."""
-    loops: list[ScriptLoop] = []
-    depth = 0
-    for frame in reversed(frames):
+class ScriptText:
+    """What the script's text tells of the loops around the step."""
+
+    def __init__(
+        self,
+        frames: Sequence[types.FrameType] = (),
+        root: tuple[Any, int] = (None, 0),
+        asked: Iterable[str] = (),
+    ) -> None:
+        self.loops: list[ScriptLoop] = []  # the outermost first
+        self.asked = set(asked)  # what the loops are given back
+        self._depth = 0
+        for frame in reversed(frames):
+            self._add(frame, root)
+        innermost = self.loops[-1:]
+        self.made_anew = self.asked | {f".{name}" for name in self.asked}  # by each iteration
+        self.made_anew |= {name for loop in innermost for name in loop.made_anew}
+        self.epochs_own = {name for loop in self.loops[:-1] for name in loop.made_anew}
+        self.tested = {name for loop in self.loops for name in loop.tested}
+        self.left = {name for loop in innermost for name in left_behind(loop)} - self.asked
+        for loop in innermost:
+            loop.is_innermost = True
+
+    def _add(self, frame: types.FrameType, root: tuple[Any, int]) -> None:
         code, tree = frame.f_code, parsed_file(frame.f_code.co_filename)
-        asked = asked | asked_in(tree)
+        self.asked |= asked_in(tree)
         for node in (each for each in ast.walk(tree) if isinstance(each, _LOOPS)):
             lines = range(node.lineno, (node.end_lineno or 0) + 1)
             if frame.f_lineno in lines and node.lineno >= code.co_firstlineno:
-                loop, depth = ScriptLoop(node, frame, not depth), depth + 1
+                loop = ScriptLoop(node, frame, not self._depth)
+                self._depth += 1
                 if code is not root[0] or root[1] not in {*lines} - {*loop.skips}:
-                    loops.append(loop)
-    for loop in loops[-1:]:
-        loop.is_innermost = True
-    return loops, asked
+                    self.loops.append(loop)
+
+    def lacks(self) -> Iterator[str]:
+        for loop in self.loops:
+            for rule in LOOP_RULES:
+                yield from rule(loop, self.asked)
 
 
 def left_behind(loop: ScriptLoop) -> set[str]:
@@ -3743,7 +3779,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
 
 
 _NEEDED = {"model.pth", "optimizer.pt", "rng_state.pt"}
-_COUNTS = ("step_in_epoch", "global_step", "steps", "fetched", "tokens", "seq", "sequence")
+_COUNTS = ("step_in_epoch", "global_step", "steps", "tokens", "seq", "sequence")
 
 
 def check_state(path: Path, state: Mapping[str, Any]) -> None:

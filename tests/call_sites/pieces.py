@@ -197,6 +197,19 @@ class Noam:
         self.optimizer.step()
 
 
+class Meter:
+    """Is stepped and called, and nothing depends on it."""
+
+    def __init__(self):
+        self.count, self.total = 0, 0.0
+
+    def step(self):
+        self.count += 1
+
+    def __call__(self, value):
+        self.total += value
+
+
 class EarlyStopping:
     """Counts the evaluations that bring nothing."""
 

@@ -426,6 +426,10 @@ EXACT |= {
     "a loader with a state": edited(
         piece("Stateful", "loader = Stateful(data)"), watching(loader="loader")
     ),
+    "meters": edited(
+        piece("Meter", f"{LOADER}meter, timer = Meter(), Meter()"),
+        after(LOSS, "meter(loss.item()), timer.step()"),
+    ),
     "a progress bar": edited(
         (BATCHES, "bar = tqdm(loader, file=open('bar', 'w'))\n    for x, y in bar:"),
         after(LOSS, "bar.set_postfix(loss=loss.item())"),
