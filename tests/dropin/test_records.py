@@ -143,18 +143,22 @@ def test_every_event_file_begins_with_a_session_start_at_step_0(open_run, tmp_pa
 
 
 def test_the_newest_event_file_of_a_resumed_run_holds_the_whole_curve(open_run, tmp_path):
-    """And with the older ones beside it TensorBoard shows each point once."""
+    """With the older ones beside it TensorBoard shows each point once, though it is open."""
+    directory = tmp_path / "tb" / "run"
+    directory.mkdir(parents=True)
+    beneath = EventAccumulator(str(directory)).Reload()  # open all the while
+    directory.rmdir()
     for steps in (2, 4, 6):
         run = train(open_run, steps=steps, fail=steps < 6)
-    directory = tmp_path / "tb" / run.name
+        afterwards = EventAccumulator(str(directory)).Reload()
+        for curves in (beneath.Reload(), afterwards):
+            for tag in ("loss/train", "loss/val_step"):
+                assert [event.step for event in curves.Scalars(tag)] == list(range(1, steps + 1))
     *_, newest = sorted(directory.iterdir())
     events = [e for e in EventFileLoader(str(newest)).Load() if e.summary.value]
     kept = [r for r in obs.read_run(run.dir) if r["metrics"]]
     tags = [(e.step, [v.tag for v in e.summary.value]) for e in events]
     assert tags == [(r["step"], list(r["metrics"])) for r in kept]
-    curves = EventAccumulator(str(directory)).Reload()
-    for tag in ("loss/train", "loss/val_step"):
-        assert [event.step for event in curves.Scalars(tag)] == [1, 2, 3, 4, 5, 6]
 
 
 # --- The journal ----------------------------------------------------------------------------------

@@ -179,7 +179,6 @@ def test_a_loop_that_counts_from_zero_has_all_its_steps(open_run, run_dir):
         ({}, {}, None, None),
         (object(), {}, None, None),
     ],
-    ids=str,
 )
 def test_a_rate_is_of_what_the_shape_of_the_batch_tells(
     open_run, run_dir, capfd, batch, given, tokens, samples
@@ -322,6 +321,40 @@ def test_an_epoch_that_was_interrupted_has_no_validation_point(tmp_path, ending)
     found = records(tmp_path / "out/run", "eval")
     assert [r["tags"]["epoch"] for r in found if "epoch" in r["tags"]] == [1]
     assert len(found) == 3
+
+
+@pytest.mark.parametrize("fails_at", [5, 6, 7, 8])
+def test_a_resumed_epoch_has_one_validation_point_its_last(open_run, tiny_model, fails_at):
+    """Though the evaluation, in the middle of each epoch, may lie before the interruption."""
+    model, optimizer = tiny_model
+    for ending in ("failed: here", "completed"):
+        run = open_run(save_interval=1, resume="auto")
+        obs.watch(model, optimizer=optimizer)
+        step = obs.resume(step=0)
+        for epoch in (1, 2, 3):
+            if obs.skip_epoch(epoch):
+                continue
+            for batch in (1, 2, 3, 4):
+                if obs.skip_batch():
+                    continue
+                train_one_step(model, optimizer)
+                if batch == 2:
+                    obs.validation(epoch / 4)
+                step += 1
+                run.settle()
+                obs.step(step, loss=1 / step)
+                if (step, ending) == (fails_at, "failed: here"):
+                    break
+            if (step, ending) == (fails_at, "failed: here"):
+                break
+        run.settle()
+        obs.finish(ending)
+    found = records(run.dir, "eval")
+    points = [(r["tags"]["epoch"], r["metrics"]) for r in found if "epoch" in r["tags"]]
+    assert points == [(epoch, {"loss/val": epoch / 4}) for epoch in (1, 2, 3)]
+    results = read_json(run.dir / "results.json")
+    assert (results["best_val_loss"], results["final_val_loss"]) == (0.25, 0.75)
+    assert [r["step"] for r in found if "epoch" not in r["tags"]] == [2, 6, 10]
 
 
 def test_a_step_with_an_evaluation_in_it_has_no_speed(open_run, run_dir):
