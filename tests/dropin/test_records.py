@@ -12,12 +12,16 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
+import urllib.parse
+import urllib.request
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -159,6 +163,69 @@ def test_the_newest_event_file_of_a_resumed_run_holds_the_whole_curve(open_run, 
     kept = [r for r in obs.read_run(run.dir) if r["metrics"]]
     tags = [(e.step, [v.tag for v in e.summary.value]) for e in events]
     assert tags == [(r["step"], list(r["metrics"])) for r in kept]
+
+
+KILLED_AND_RESUMED = """
+import os, sys, time, torch, observability as obs
+model = torch.nn.Linear(2, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+run = obs.init("run", save_interval=3, resume="auto", drain_interval=0.05, system_interval=0)
+obs.watch(model, optimizer=optimizer)
+step = obs.resume(step=0)
+while step < 40:
+    step += 1
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    obs.validation(1 / step)
+    obs.step(step, loss=2 / step)
+    run.settle()
+    time.sleep(0.01)
+    if step == int(sys.argv[1]):
+        time.sleep(0.3)  # what is redone has been shown
+        os.kill(os.getpid(), 9)
+obs.finish()
+"""
+
+
+@contextlib.contextmanager
+def tensorboard(logdir: Path, fast: str) -> Iterator[Callable[[str], list[int]]]:
+    """A server over that folder; gives the steps of a curve as its page gets them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--load_fast", fast, "--reload_interval", "1", "--port", port, "--logdir", logdir]
+    command = [sys.executable, "-m", "tensorboard.main", *map(str, options)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def steps(tag: str) -> list[int]:
+        query = urllib.parse.urlencode({"run": "run", "tag": tag})
+        url = f"http://127.0.0.1:{port}/data/plugin/scalars/scalars?{query}"
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                return [step for _, step, _ in json.load(answer)]
+        except OSError:  # not yet
+            return []
+
+    try:
+        yield steps
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.mark.parametrize("fast", ["true", "false"])
+def test_kill_and_resume_beneath_an_open_tensorboard_give_one_curve(tmp_path, fast):
+    (tmp_path / "train.py").write_text(KILLED_AND_RESUMED)
+    env = {**os.environ, "PYTHONPATH": str(MAINRUN)}
+    with tensorboard(tmp_path / "logs/tb", fast) as shown:
+        for kill_at in (20, 31, 0):
+            assert python(tmp_path / "train.py", kill_at, env=env).returncode == (
+                -9 if kill_at else 0
+            )
+            last = kill_at or 40
+            wait_until(lambda last=last: shown("loss/train")[-1:] == [last])
+        for tag in ("loss/train", "loss/val_step"):
+            wait_until(lambda tag=tag: shown(tag) == list(range(1, 41)))
 
 
 # --- The journal ----------------------------------------------------------------------------------
