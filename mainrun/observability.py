@@ -1719,13 +1719,20 @@ def lock_run(path: Path) -> int:
         if time.monotonic() > patience:
             os.close(fd)
             raise RunError(
-                f"{path.parent} is being written by {path.read_text() or 'another process'}; "
+                f"{path.parent} is being written by {path.read_text().partition(CRC_MARK)[0]}; "
                 "wait for its end, or give another name"
             )
         time.sleep(0.02)
     os.ftruncate(fd, 0)
-    os.write(fd, f"process {os.getpid()} on {platform.node()}".encode())
+    os.write(fd, with_crc(f"process {os.getpid()} on {platform.node()}"))
     return fd
+
+
+CRC_MARK = ", crc "
+
+
+def with_crc(text: str) -> bytes:
+    return f"{text}{CRC_MARK}{zlib.crc32(text.encode()):08x}".encode()
 
 
 def alive(run_dir: str | Path) -> bool:

@@ -440,6 +440,7 @@ class StreamCheck:
     def damage(self) -> Iterator[str]:
         for name in ("config.json", "run_manifest.json", "results.json"):
             yield from fence(name, self._in_document(name))
+        yield from fence(".lock", self._in_lock())
         yield from self.journal.damage()
         if self.stream.filename == JOURNAL and "config.json" in self.documents:
             yield from fence("a checkpoint", self._in_checkpoints())
@@ -454,6 +455,15 @@ class StreamCheck:
             if name == "results.json" and not self.alive:
                 self.known = (content["records"], content["last_step"])
         yield from ()
+
+    def _in_lock(self) -> Iterator[str]:
+        path = self.stream.document(".lock")
+        if path.exists() and not self.alive:
+            with obs.open_regular(path) as file:
+                data = file.read(4096)
+            text = data.decode(errors="replace").rpartition(obs.CRC_MARK)[0]
+            if data and data != obs.with_crc(text):
+                yield f"{path} is not what was written"
 
     def _in_checkpoints(self) -> Iterator[str]:
         config = self.documents["config.json"]
