@@ -640,7 +640,7 @@ def test_a_value_that_never_arrives_is_counted_as_lost(open_run, run_dir, copies
 
 
 def test_a_validation_loss_may_go_on_changing_on_the_device(open_run, run_dir, copies):
-    open_run()
+    open_run(close_timeout=0.2)
     for epoch in (1, 2):
         obs.skip_epoch(epoch)
         total = on_device(2.0)

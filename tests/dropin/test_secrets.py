@@ -183,7 +183,7 @@ def everything_written(folder, given):
     return written + said.getvalue()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(st.sampled_from(NAMES), odd_words, st.sampled_from(NESTED), texts, st.sampled_from(AROUND))
 def test_no_secret_is_written_anywhere(tmp_path_factory, name, secret, nest, text, around):
     folder = tmp_path_factory.mktemp("secrets")
