@@ -2885,6 +2885,7 @@ def is_variable(name: str, code: types.CodeType) -> bool:
 # --- Call sites that are missing ------------------------------------------------------------------
 
 Watched = Mapping[str, list[Any]]
+Place = tuple[types.CodeType | None, int]  # a function of the script, and a line of it
 
 
 class CallSiteChecks:
@@ -2899,10 +2900,10 @@ class CallSiteChecks:
     def __init__(self, watched: Watched, loop: Loop, carried: CarriedLocals) -> None:
         self.seen = False  # the first step
         self.reads_behind = False  # the script, behind the loop over batches, what it left
-        self.root: tuple[Any, int] = (None, 0)  # the function and the line that called resume()
+        self.root: Place = (None, 0)  # that called resume()
         self._watched, self._loop, self._carried = watched, loop, carried
         self._notes: list[str] = []
-        self._text = ScriptText()
+        self._text = ScriptText([], self.root, set())
         self._known = Known({kind: [] for kind in KINDS})
         self._probes: dict[tuple[str, int], list[Probe]] = {}
         self._first: dict[Any, Any] = {}  # what a probe read first
@@ -2919,15 +2920,18 @@ class CallSiteChecks:
         for sentence in state.get("inexact", ()):
             say(f"{path} was saved with this said: {sentence}")
 
+    @fenced
     def see_at_resume(self) -> None:
         frames = script_frames()
         self.root = frames[0].f_code, frames[0].f_lineno
         things = in_sight(frames, self._text)
         for kind, _, thing in [*unwatched(self._watched, things)]:
-            self._watched[kind].append(thing)
+            if kind == "generator" or type(thing).__module__.startswith("torch."):
+                self._watched[kind].append(thing)
         for path in (path for path, thing in things.items() if is_iterator(thing)):
             self.note(f"`{path}` was made before resume(); call resume() before iter()")
 
+    @fenced
     def see_at_step(self) -> None:
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -2949,6 +2953,7 @@ class CallSiteChecks:
     def _note_stepped(self, optimizer: Any, *_: Any) -> None:
         self._stepped[id(optimizer)] = weakly(optimizer)
 
+    @fenced
     def look(self, frames: Sequence[types.FrameType]) -> None:
         """On the loop's thread: who is there, and how far the loaders are."""
         if not self.seen:
@@ -2957,13 +2962,13 @@ class CallSiteChecks:
         self._epoch, loop = self._loop.epoch, self._loop
         began = self._first.setdefault("the first epoch", self._epoch)
         for path, thing in things.items():
-            lives_on = getattr(thing, "_iterator", None)  # of a loader whose workers persist
+            lives_on = ask(thing, "_iterator")  # of a loader whose workers persist
             reader = thing if is_iterator(thing) else lives_on
             elsewhere = reader and reader._num_yielded - loop.batches not in (0, 1)
             if lives_on and (elsewhere or self._epoch != began):
                 self.note(f"the workers of `{path}` live on; give it persistent_workers=False")
             elif elsewhere:
-                self.note(place_not_kept(path))
+                self.note(_PLACE.format(path))
         stepped = [optimizer for get in self._stepped.values() if (optimizer := get())]
         for sentence in missing_in_watch(self._watched, things, stepped, self._known):
             self.note(sentence)
@@ -2990,11 +2995,8 @@ class CallSiteChecks:
 
 
 def weakly(value: Any) -> Callable[[], Any]:
-    """To look keeps nothing alive."""
-    try:
-        return weakref.ref(value)
-    except TypeError:  # of a kind that cannot be; it is small
-        return lambda: value
+    """To look keeps nothing alive; but for what is of a kind that cannot be, and small."""
+    return weakref.ref(value) if type(value).__weakrefoffset__ else lambda: value
 
 
 # What is in sight.
@@ -3002,11 +3004,12 @@ def weakly(value: Any) -> Callable[[], Any]:
 
 def script_frames(root: Any = None) -> list[types.FrameType]:
     """From the script's function that called us up to `root`, or to its module."""
-    frames = [caller()]
-    while frames[-1].f_code is not root and not frames[-1].f_code.co_name.startswith(("<m", "<c")):
-        if frames[-1].f_back is None:
-            break
-        frames.append(frames[-1].f_back)
+    frame: types.FrameType | None = caller()
+    frames: list[types.FrameType] = []
+    while frame is not None:
+        frames.append(frame)
+        is_last = frame.f_code is root or frame.f_code.co_name.startswith(("<m", "<c"))
+        frame = None if is_last else frame.f_back
     return frames
 
 
@@ -3033,8 +3036,7 @@ def in_sight(frames: Sequence[types.FrameType], text: ScriptText) -> dict[str, A
 
 def has_state(value: Any) -> bool:
     """By its class: to ask the object itself may run a stranger's property."""
-    names = ("state_dict", "bit_generator", "getstate", "get_state")
-    known = any(hasattr(type(value), name) for name in names) or is_iterator(value)
+    known = hasattr(type(value), "state_dict") or is_generator(value) or is_iterator(value)
     return known or bool(collected(value)) or drives(value)
 
 
@@ -3075,8 +3077,17 @@ def is_iterator(value: Any) -> bool:
     return type(value).__name__.endswith("DataLoaderIter")
 
 
+def ask(value: Any, name: str) -> Any:
+    """None where neither the object nor its class names it: a stranger may answer to all."""
+    known = hasattr(type(value), name) or name in getattr(value, "__dict__", ())
+    return getattr(value, name, None) if known else None
+
+
 def is_generator(value: Any) -> bool:
-    return any(hasattr(value, name) for name in ("bit_generator", "getstate", "get_state"))
+    numpy = sys.modules.get("numpy")
+    kinds = (numpy.random.Generator, numpy.random.RandomState) if numpy else ()
+    own = isinstance(value, (random.Random, torch_module().Generator, *kinds))
+    return own and not isinstance(value, random.SystemRandom)
 
 
 def collected(value: Any) -> list[Any]:
@@ -3084,7 +3095,7 @@ def collected(value: Any) -> list[Any]:
     if not isinstance(value, dict | list | tuple):
         return []
     few = [*itertools.islice(value.values() if isinstance(value, dict) else value, 3)]
-    return few if all(hasattr(each, "untyped_storage") for each in few) else []
+    return few if all(isinstance(each, torch_module().Tensor) for each in few) else []
 
 
 # What should be watched.
@@ -3109,13 +3120,13 @@ def ids_of(watched: Watched) -> set[int]:
 def unwatched(watched: Watched, things: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """The kind, the name and the thing, of what fits into watch() beside models."""
     every, known = [*watched["scheduler"], *things.values()], ids_of(watched)
-    known |= {id(part) for thing in every for part in getattr(thing, "_schedulers", ())}
+    known |= {id(part) for thing in every for part in ask(thing, "_schedulers") or ()}
     for path, thing in things.items():
         if known.isdisjoint((id(thing), id(inner(thing)))):
             if is_generator(thing):
                 yield "generator", path, thing
-            for kind, mark in _MARKS.items() if hasattr(thing, "load_state_dict") else ():
-                if hasattr(thing, mark) and getattr(thing, "_enabled", True):
+            for kind, mark in _MARKS.items() if ask(thing, "load_state_dict") else ():
+                if ask(thing, mark) is not None and ask(thing, "_enabled") is not False:
                     yield kind, path, thing
 
 
@@ -3135,7 +3146,7 @@ def missing_in_watch(
     for kind, path in found:
         if kind in ("scheduler", "scaler"):
             yield f"`{path}` is not watched; add watch({kind}={path}) before resume()"
-    driven = {id(inner(getattr(each, "optimizer", None))) for each in watched["scheduler"]}
+    driven = {id(inner(ask(each, "optimizer"))) for each in watched["scheduler"]}
     for optimizer in () if "scheduler" in dict(found) else optimizers:
         step = getattr(optimizer, "step", None)
         if hasattr(step, "_wrapped_by_lr_sched") and id(optimizer) not in driven:
@@ -3147,8 +3158,8 @@ def missing_in_watch(
 
 def inner(optimizer: Any) -> Any:
     """The optimizer within a wrapper of accelerate, of a scaler, or of the script."""
-    is_scheduler = hasattr(optimizer, "last_epoch")
-    within = None if is_scheduler else getattr(optimizer, "optimizer", None)
+    is_scheduler = ask(optimizer, "last_epoch") is not None
+    within = None if is_scheduler else ask(optimizer, "optimizer")
     return optimizer if within is None else inner(within)
 
 
@@ -3197,13 +3208,12 @@ def probes(path: str, thing: Any, known: Known) -> Iterator[Probe]:
 
 
 def numbers_of(path: str, thing: Any) -> Iterator[Probe]:
-    keeps = hasattr(thing, "load_state_dict") and not hasattr(thing, "named_buffers")
+    keeps = ask(thing, "load_state_dict") and not ask(thing, "named_buffers")
     advice = f"add watch(loader={path})" if keeps else "carry it, or make it a buffer of a model"
     for name, value in list(getattr(thing, "__dict__", {}).items()):
         if type(value) in (int, float):
-            yield Probe(
-                f"{path}.{name}", reader(thing, getattr, name, None), advice, type(thing), name
-            )
+            read = reader(thing, getattr, name, None)
+            yield Probe(f"{path}.{name}", read, advice, type(thing), name)
 
 
 def reader(thing: Any, read: Callable[..., Any], *names: Any) -> Callable[[], Any]:
@@ -3238,8 +3248,8 @@ _SCOPES = (ast.FunctionDef, ast.ClassDef, ast.Lambda)
 class ScriptLoop:
     """A loop around the step, and around no call of resume()."""
 
-    def __init__(self, node: Any, frame: types.FrameType, is_outermost: bool) -> None:
-        self.node, self.is_outermost, self.is_innermost = node, is_outermost, False
+    def __init__(self, node: Any, frame: types.FrameType, tree: Any) -> None:
+        self.node, self.is_outermost, self.is_innermost = node, False, False
         self.code, self.line = frame.f_code, frame.f_lineno  # that is under way
         self.place = f"line {node.lineno} of {Path(frame.f_code.co_filename).name}"
         self.over = names_of(node.iter) if isinstance(node, ast.For) else set()
@@ -3248,64 +3258,55 @@ class ScriptLoop:
         first = dict(reversed(uses))
         self.made_anew = {name for name, binds in first.items() if binds}
         self.carried = {name for name, binds in uses if binds} - self.made_anew
+        last = max(line or 0 for _, _, line in self.code.co_lines())
+        behind = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.lineno <= last]
+        self.left = self.made_anew & {n.id for n in behind if n.lineno > node.end_lineno}
         self.own = [*nodes_of(node)]  # not those of a loop within
         self.skips = [each.lineno for each in self.own if called(each) in _SKIPS]
         calls: list[Any] = [each for each in ast.walk(node) if called(each) == "next"]
         tests = [each.test for each in ast.walk(node) if isinstance(each, ast.If | ast.While)]
         self.tested = {name for test in tests for name in names_of(test)} - {"self"}
-        self.taken = {
-            (of.id, of.lineno) for each in calls for of in each.args[:1] if hasattr(of, "id")
-        }
+        of = [each.args[0] for each in calls if each.args and isinstance(each.args[0], ast.Name)]
+        self.taken = [(each.id, each.lineno) for each in of]  # by next(), and where
+
+    def has(self, root: Place) -> bool:
+        """Whether resume() is called in it, and not by way of its skip."""
+        within = self.node.lineno <= root[1] <= self.node.end_lineno
+        return self.code is root[0] and within and root[1] not in self.skips
 
 
 _SKIPS = ("skip_epoch", "skip_batch", "ended")
+_PLACE = "the place of `{}` is not kept; loop over its loader, and begin with skip_batch()"
 
 
 class ScriptText:
     """What the script's text tells of the loops around the step."""
 
-    def __init__(
-        self,
-        frames: Sequence[types.FrameType] = (),
-        root: tuple[Any, int] = (None, 0),
-        asked: Iterable[str] = (),
-    ) -> None:
+    def __init__(self, frames: Sequence[types.FrameType], root: Place, asked: set[str]) -> None:
         self.loops: list[ScriptLoop] = []  # the outermost first
-        self.asked = set(asked)  # what the loops are given back
-        self._depth = 0
+        self.asked = asked  # what the loops are given back
         for frame in reversed(frames):
-            self._add(frame, root)
+            tree = parsed_file(frame.f_code.co_filename)
+            self.asked |= asked_in(tree)
+            self.loops += loops_of(frame, tree)
+        for at, loop in enumerate(self.loops):
+            loop.is_outermost, loop.is_innermost = not at, at == len(self.loops) - 1
+        self.loops = [loop for loop in self.loops if not loop.has(root)]
         innermost = self.loops[-1:]
-        self.made_anew = self.asked | {f".{name}" for name in self.asked}  # by each iteration
+        self.made_anew = asked | {f".{name}" for name in asked}  # by each iteration
         self.made_anew |= {name for loop in innermost for name in loop.made_anew}
         self.epochs_own = {name for loop in self.loops[:-1] for name in loop.made_anew}
         self.tested = {name for loop in self.loops for name in loop.tested}
-        self.left = {name for loop in innermost for name in left_behind(loop)} - self.asked
-        for loop in innermost:
-            loop.is_innermost = True
-
-    def _add(self, frame: types.FrameType, root: tuple[Any, int]) -> None:
-        code, tree = frame.f_code, parsed_file(frame.f_code.co_filename)
-        self.asked |= asked_in(tree)
-        for node in (each for each in ast.walk(tree) if isinstance(each, _LOOPS)):
-            lines = range(node.lineno, (node.end_lineno or 0) + 1)
-            if frame.f_lineno in lines and node.lineno >= code.co_firstlineno:
-                loop = ScriptLoop(node, frame, not self._depth)
-                self._depth += 1
-                if code is not root[0] or root[1] not in {*lines} - {*loop.skips}:
-                    self.loops.append(loop)
+        self.left = {name for loop in innermost for name in loop.left} - asked
 
     def lacks(self) -> Iterator[str]:
-        for loop in self.loops:
-            for rule in LOOP_RULES:
-                yield from rule(loop, self.asked)
+        return (s for loop in self.loops for rule in LOOP_RULES for s in rule(loop, self.asked))
 
 
-def left_behind(loop: ScriptLoop) -> set[str]:
-    """What it makes, and the rest of its function reads."""
-    last = max(line or 0 for _, _, line in loop.code.co_lines())
-    names = [n for n in ast.walk(parsed_file(loop.code.co_filename)) if isinstance(n, ast.Name)]
-    return loop.made_anew & {n.id for n in names if loop.node.end_lineno < n.lineno <= last}
+def loops_of(frame: types.FrameType, tree: Any) -> Iterator[ScriptLoop]:
+    for node in (each for each in ast.walk(tree) if isinstance(each, _LOOPS)):
+        if frame.f_code.co_firstlineno <= node.lineno <= frame.f_lineno <= (node.end_lineno or 0):
+            yield ScriptLoop(node, frame, tree)
 
 
 def parsed_file(name: str) -> Any:
@@ -3323,12 +3324,11 @@ def asked_in(tree: Any) -> set[str]:
     return {name.rpartition(".")[2] for node in given for name in names_of(node)}
 
 
-def nodes_of(loop: Any) -> Iterator[Any]:
-    todo = list(loop.body)
-    while todo:
-        yield (node := todo.pop())
-        if not isinstance(node, (*_LOOPS, *_SCOPES)):
-            todo += ast.iter_child_nodes(node)
+def nodes_of(node: Any) -> Iterator[Any]:
+    for child in ast.iter_child_nodes(node):
+        yield child
+        if not isinstance(child, (*_LOOPS, *_SCOPES)):
+            yield from nodes_of(child)
 
 
 def called(node: Any) -> str:
@@ -3358,10 +3358,7 @@ def names_of(node: Any) -> set[str]:
     return {name for name, _ in uses_in(node)}
 
 
-Lack = Iterator[str]
-
-
-def without_skip(loop: ScriptLoop, asked: set[str]) -> Lack:
+def without_skip(loop: ScriptLoop, asked: set[str]) -> Iterator[str]:
     """Of a loop between the two the batches are counted on."""
     goes_on = asked if isinstance(loop.node, ast.While) else asked & loop.over
     if (loop.is_outermost or loop.is_innermost) and not (loop.skips or goes_on):
@@ -3370,22 +3367,16 @@ def without_skip(loop: ScriptLoop, asked: set[str]) -> Lack:
         yield f"the loop at {loop.place} does not begin with `if obs.{call}: continue`"
 
 
-def unpassed_next(loop: ScriptLoop, asked: set[str]) -> Lack:
+def unpassed_next(loop: ScriptLoop, asked: set[str]) -> Iterator[str]:
     """A resumed run passes over the batches that a loop gives, not over those that it takes."""
     for name, line in loop.taken:
         if name not in loop.made_anew and not any(skip > line for skip in loop.skips):
-            yield place_not_kept(name)
+            yield _PLACE.format(name)
 
 
-def place_not_kept(name: str) -> str:
-    return f"the place of `{name}` is not kept; loop over its loader, and begin with skip_batch()"
-
-
-def not_carried(loop: ScriptLoop, asked: set[str]) -> Lack:
+def not_carried(loop: ScriptLoop, asked: set[str]) -> Iterator[str]:
     nodes: list[Any] = [*ast.walk(loop.node)]
-    shuffled = {
-        name for n in nodes if called(n) == "shuffle" for name in map(ast.unparse, n.args[:1])
-    }
+    shuffled = {ast.unparse(n.args[0]) for n in nodes if called(n) == "shuffle" and n.args}
     clock: set[str] = set()  # what comes of the time is never exact
     for node in [each for each in nodes if isinstance(each, ast.Assign | ast.AugAssign)] * 2:
         if names_of(node.value) & {"time", "perf_counter", *clock}:
@@ -3393,23 +3384,24 @@ def not_carried(loop: ScriptLoop, asked: set[str]) -> Lack:
     names = {name for name in loop.carried if "." not in name or name.startswith("self.")}
     names |= {name for name in shuffled if name.isidentifier() and name not in loop.made_anew}
     names -= clock | {name for name, _ in loop.taken}
-    if lost := [
-        n for n in sorted(names) if loop.is_outermost and n.rpartition(".")[2] not in asked
-    ]:
+    lost = [name for name in sorted(names) if name.rpartition(".")[2] not in asked]
+    if lost and loop.is_outermost:
         keys = ", ".join(f"{name.rpartition('.')[2]}={name}" for name in lost)
         yield f"the loops go on from {', '.join(lost)}; add {', '.join(lost)} = obs.resume({keys})"
 
 
-def done_again(loop: ScriptLoop, asked: set[str]) -> Lack:
+def done_again(loop: ScriptLoop, asked: set[str]) -> Iterator[str]:
     """By a resumed run, on its way to the loop within."""
     first = math.inf if loop.is_innermost else min(loop.skips, default=math.inf)
     given_again = any(called(node) == "resume" for node in loop.own)
     for node in loop.own:
         if first < getattr(node, "lineno", 0) < loop.line:
-            text = ast.unparse(node)
-            steps = called(node) == "step" and not node.args and "sched" in text.lower()
+            steps = (
+                called(node) == "step" and not node.args and "sched" in ast.unparse(node).lower()
+            )
             counts = isinstance(node, ast.AugAssign) and names_of(node.target) & asked
             if steps or (counts and not given_again):
+                text = ast.unparse(node)
                 yield f"`{text}` is done again on the way back; put it behind the loop within"
 
 

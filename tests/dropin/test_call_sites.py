@@ -426,6 +426,9 @@ EXACT |= {
     "a loader with a state": edited(
         piece("Stateful", "loader = Stateful(data)"), watching(loader="loader")
     ),
+    "odd objects in sight": edited(
+        piece("Odd", f"{LOADER}odd = [Odd(True), Odd(False), random.SystemRandom()]")
+    ),
     "meters": edited(
         piece("Meter", f"{LOADER}meter, timer = Meter(), Meter()"),
         after(LOSS, "meter(loss.item()), timer.step()"),
