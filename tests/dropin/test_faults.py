@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from disks import after_power_cut, mounted
 from faults.campaign import FILES, Campaign, newest_step
 from faults.scripts import AUTO, SAVING, TRAINING, Script, of_runs, on_a_bad_disk, origin, refused
 from torch import nn
@@ -208,18 +209,6 @@ def test_a_run_killed_at_any_instant_goes_on_to_the_same_last_digit(tmp_path):
 # --- Disks that fill and fail ------------------------------------------------------------------
 
 
-@contextmanager
-def mounted(at: Path, *options: str) -> Iterator[Path]:
-    at.mkdir(exist_ok=True)
-    done = subprocess.run(["mount", *options, str(at)], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"this machine lets us mount nothing: {done.stderr.strip()}")
-    try:
-        yield at
-    finally:
-        subprocess.run(["umount", str(at)], check=True)
-
-
 def saver_at(directory: Path) -> tuple[obs.Saver, Callable[[int], bool]]:
     saver = obs.Saver(obs.CheckpointStore(directory, keep_last=5))
     state = {kind: [] for kind in obs.KINDS} | {"model": [nn.Linear(500, 500)]}
@@ -294,39 +283,32 @@ def test_an_error_of_the_disk_itself_is_no_saved_checkpoint(tmp_path, call):
 # --- Power cut ---------------------------------------------------------------------------------
 
 
-def after_power_cut(tmp_path: Path, job: Callable[[Path], None]) -> int:
-    """The newest step on an ext4 disk whose power went right after `job` returned.
+def newest_after_power_cut(tmp_path: Path, job: Callable[[Path], None]) -> int:
+    """The newest step on a disk whose power went right after `job` returned."""
 
-    What the disk had been given by then is the image file; what the kernel still held is not.
-    """
-    image, cut = tmp_path / "disk.img", tmp_path / "cut.img"
-    with open(image, "wb") as file:
-        file.truncate(32 << 20)
-    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
-    with mounted(tmp_path / "disk", "-o", "loop", str(image)) as disk:
+    def job_and_cut(disk: Path, cut: Callable[[], None]) -> None:
         job(disk)
-        shutil.copyfile(image, cut)
-    with mounted(tmp_path / "again", "-o", "loop", str(cut)) as disk:
+        cut()
+
+    with after_power_cut(tmp_path, job_and_cut) as disk:
         return newest_step(disk / "out" / "run" / "checkpoints")
 
 
-@pytest.mark.skipif(not shutil.which("mkfs.ext4"), reason="needs mkfs.ext4")
 def test_a_saved_checkpoint_survives_a_power_cut(tmp_path):
     def save(disk: Path) -> None:
         for step in (1, 2, 3):
             commit(disk / "out" / "run" / "checkpoints", step, size=100_000)
 
-    assert after_power_cut(tmp_path, save) == 3
+    assert newest_after_power_cut(tmp_path, save) == 3
 
 
-@pytest.mark.skipif(not shutil.which("mkfs.ext4"), reason="needs mkfs.ext4")
 def test_the_power_cut_is_real_without_fsync_the_checkpoint_is_gone(tmp_path, monkeypatch):
     def save(disk: Path) -> None:
         monkeypatch.setattr(os, "fsync", lambda handle: None)
         commit(disk / "out" / "run" / "checkpoints", 1, size=100_000)
         monkeypatch.undo()
 
-    assert after_power_cut(tmp_path, save) == 0
+    assert newest_after_power_cut(tmp_path, save) == 0
 
 
 # --- A wanted resume that cannot be ---------------------------------------------------------------
