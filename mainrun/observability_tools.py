@@ -289,7 +289,7 @@ def command_summarize(options: argparse.Namespace) -> int:
         return 2
     if options.output:
         metrics = [row for recording in recordings for row in recording.statistics()]
-        obs.replace_file(options.output, _csv(metrics))
+        obs.replace_file(spared(options.output), _csv(metrics))
     cells = [list(rows[0]), *(map(_cell, row.values()) for row in rows)]
     print(as_json(rows) if options.json else _csv(rows).rstrip() if options.csv else aligned(cells))
     return 0
@@ -629,6 +629,13 @@ def rebuild(run_dir: Path) -> Path:
 
 def _rebuild_stream(stream: Stream) -> Path:
     old, directory = stream.events(), stream.beside(stream.config()["tb_dir"])
+    results = stream.read("results.json")
+    last = max((record["seq"] for record in obs.read_run(*stream, superseded=True)), default=0)
+    if results and last < results["records"] and old:
+        raise obs.RunError(
+            f"{stream.dir} has {last} of its {results['records']} records; its events are kept, "
+            "for they may have more"
+        )
     staging = directory.with_name(f".tmp-{directory.name}-{os.getpid()}")
     try:
         obs.TensorBoard(staging, obs.read_run(*stream)).close()
@@ -639,7 +646,7 @@ def _rebuild_stream(stream: Stream) -> Path:
             os.replace(staging / name, directory / f"{name.removesuffix('.obs')}{REBUILT}")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    if results := stream.read("results.json"):  # it names the files that there were
+    if results:  # it names the files that there were
         files = {name: size for name, size in results["files"].items() if name[-4:] != ".obs"}
         files |= {
             os.path.relpath(path, stream.dir): path.stat().st_size for path in stream.events()
@@ -653,9 +660,19 @@ def _rebuild_stream(stream: Stream) -> Path:
 def command_export(options: argparse.Namespace) -> None:
     records = obs.read_run(*streams(options.run)[0], superseded=not options.clean)
     lines = (obs.Record.of(record).line() for record in records)
-    file = options.output.open("wb") if options.output else sys.stdout.buffer
-    file.writelines(lines)
-    file.flush()
+    if options.output is None:
+        sys.stdout.buffer.writelines(lines)
+        sys.stdout.flush()
+        return
+    with spared(options.output).open("wb") as file:
+        file.writelines(lines)
+
+
+def spared(output: Path) -> Path:
+    """A file to write to, that is none of a run's. Raises RunError."""
+    if (output.absolute().parent / "config.json").exists():
+        raise obs.RunError(f"{output} lies in a run's directory; write somewhere else")
+    return output
 
 
 @command("show what two runs were given, ran on and ended in, where it differs", TWO_RUNS, AS_JSON)
