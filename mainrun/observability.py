@@ -2427,7 +2427,8 @@ class Checkpointer:
         if epoch is None:
             self._enter(self._point)
         self._carried.saved, self._carried.origin = saved["carry"], path
-        self._checks.resumed(state, path)
+        for sentence in state.get("inexact", ()):
+            say(f"{path} was saved with this said: {sentence}")
         self.policy.last = state["steps"]
         parent = None if self._plan and self._plan.run_dir else str(path)
         differs = "; ".join(differences(state, run, saved["optimizer"]))
@@ -2578,25 +2579,12 @@ class Checkpointer:
         One that is made `aside`, for its weights, at no exact place, is gone on from only for want
         of another.
         """
-        run, loop, began = self._run, self._loop, time.monotonic()
+        run, began = self._run, time.monotonic()
         self.wanted = self.wanted if aside and self.wanted != "best" else ""
         frames = script_frames(self._checks.root[0])
         self._carried.look(frames, carry, self._checks)
         self._checks.look(frames)
-        state = {
-            **numerics(),
-            "run_id": run.home.config["id"] if run.home else "",
-            "epoch": loop.epoch,
-            "step_in_epoch": loop.batches,
-            "ended": ended,
-            "broke": loop.broke,
-            "aside": aside is not None,
-            "global_step": run.global_step,
-            "steps": run.steps,
-            "seq": run.recorder.seq,
-            "time": time.time(),
-            **run.progress(),
-        }
+        state = {**self._place(), "ended": ended, "aside": aside is not None}
         weights, saver = aside.weights if aside else run.weights_seen(), self._open_saver()
 
         def late() -> dict[str, Any]:
@@ -2623,6 +2611,21 @@ class Checkpointer:
         )
         self.policy.saved(run.steps, began, saver.write_s)
         return done
+
+    def _place(self) -> dict[str, Any]:
+        run, loop = self._run, self._loop
+        return {
+            **numerics(),
+            "run_id": run.home.config["id"] if run.home else "",
+            "epoch": loop.epoch,
+            "step_in_epoch": loop.batches,
+            "broke": loop.broke,
+            "global_step": run.global_step,
+            "steps": run.steps,
+            "seq": run.recorder.seq,
+            "time": time.time(),
+            **run.progress(),
+        }
 
     def _draws(self) -> dict[str, Any]:
         """What the next batch comes from."""
@@ -2916,10 +2919,6 @@ class CallSiteChecks:
             self._notes.append(sentence)
             say(f"a resume will not be exact: {sentence}")
 
-    def resumed(self, state: Mapping[str, Any], path: Path) -> None:
-        for sentence in state.get("inexact", ()):
-            say(f"{path} was saved with this said: {sentence}")
-
     @fenced
     def see_at_resume(self) -> None:
         frames = script_frames()
@@ -2935,7 +2934,10 @@ class CallSiteChecks:
     def see_at_step(self) -> None:
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
-        self._hook = register_optimizer_step_post_hook(self._note_stepped)
+        stepped = self._stepped
+        self._hook = register_optimizer_step_post_hook(
+            lambda optimizer, *_: stepped.update({id(optimizer): weakly(optimizer)})
+        )
         if self.root[0] is None:
             self.note("resume() is never called; add obs.resume() before the loop")
         self._known = Known(self._watched)
@@ -2949,9 +2951,6 @@ class CallSiteChecks:
     def end(self) -> None:
         if self._hook is not None:
             self._hook.remove()
-
-    def _note_stepped(self, optimizer: Any, *_: Any) -> None:
-        self._stepped[id(optimizer)] = weakly(optimizer)
 
     @fenced
     def look(self, frames: Sequence[types.FrameType]) -> None:
@@ -3195,8 +3194,7 @@ def probes(path: str, thing: Any, known: Known) -> Iterator[Probe]:
     elif id(thing) in known.ids:
         return
     elif is_generator(thing):
-        read = reader(thing, lambda thing: shown_state(generator_state(thing)))
-        yield Probe(path, read, f"add watch(generator={path}) before resume()")
+        yield Probe(path, reader(thing, text_of), f"add watch(generator={path}) before resume()")
     elif hasattr(type(thing), "named_buffers"):
         if own := [tensor for tensor in tensors_of(thing) if id(tensor) not in known.ids]:
             yield Probe(path, values_of([*own[:3], own[-1]]), f"add obs.watch({path})")
@@ -3221,8 +3219,9 @@ def reader(thing: Any, read: Callable[..., Any], *names: Any) -> Callable[[], An
     return lambda: None if (there := get()) is None else read(there, *names)
 
 
-def shown_state(state: Any) -> str:
-    return str(state.tolist() if hasattr(state, "tolist") else state)
+def text_of(generator: Any) -> str:
+    state = generator_state(generator)
+    return str(getattr(state, "tolist", lambda: state)())
 
 
 def values_of(tensors: Sequence[Any]) -> Callable[[], Any]:
@@ -3310,10 +3309,9 @@ def loops_of(frame: types.FrameType, tree: Any) -> Iterator[ScriptLoop]:
 
 
 def parsed_file(name: str) -> Any:
-    try:
+    with contextlib.suppress(SyntaxError, ValueError):
         return ast.parse("".join(linecache.getlines(name)))
-    except (SyntaxError, ValueError):
-        return ast.Module([], [])
+    return ast.Module([], [])
 
 
 def asked_in(tree: Any) -> set[str]:
@@ -4168,7 +4166,8 @@ class Frozen:
             self._live.append(tree)
             return tree
         if isinstance(tree, self._torch.Tensor):
-            return tree.detach().clone()
+            is_trained = tree.requires_grad and tree.is_leaf
+            return copy.deepcopy(tree) if is_trained else tree.detach().clone()
         if kind is dict:
             return {key: self._still(value) for key, value in tree.items()}
         if kind is list or kind is tuple:
