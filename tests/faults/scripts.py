@@ -167,6 +167,8 @@ def on_a_bad_disk(runs: Sequence[tuple[Script, Mapping[str, object]]]) -> list[E
 
 
 def run_all(arguments: Sequence[Any]) -> None:
+    import torch._dynamo  # noqa: F401, which each would import for itself
+
     codes = []
     for each in arguments:
         child = os.fork()
