@@ -24,7 +24,7 @@ LINES = {
     "Part I": 1630,  # 650
     "Part II": 1620,  # 650
     "observability.py": 3250,  # 1300
-    "observability_tools.py": 840,  # 600
+    "observability_tools.py": 850,  # 600
 }
 MEDIAN = 8  # lines of a function
 NINE_IN_TEN = 20
