@@ -2426,6 +2426,8 @@ class Checkpointer:
         )
         if epoch is None:
             self._enter(self._point)
+        elif "files" not in state:  # of another tool, whose script may have no skip_epoch()
+            set_rng_state(saved, run.watched["generator"])
         self._carried.saved, self._carried.origin = saved["carry"], path
         for sentence in state.get("inexact", ()):
             say(f"{path} was saved with this said: {sentence}")

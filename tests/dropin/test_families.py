@@ -389,3 +389,80 @@ def test_a_fork_of_several_ranks_keeps_all_of_their_generators(tmp_path):
     ended = launch.run()
     for rank in (0, 1):
         assert ended[rank].lines("loss") == straight[rank].lines("loss")[4:]
+
+
+# --- Checkpoints of other tools -------------------------------------------------------------------
+
+OTHER = """
+import json, os, pathlib, random, sys
+import numpy as np
+import torch
+
+torch.manual_seed(1)
+model = torch.nn.Linear(4, 1)
+opt = torch.optim.AdamW(model.parameters(), lr=0.05)
+for step in range(1, 7):
+    loss = model(torch.rand(8, 4)).square().mean()
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+    print("loss", step, loss.item().hex())
+    if step == 3:
+        rng = {"python": random.getstate(), "torch": torch.get_rng_state()}
+        rng |= {"numpy": np.random.get_state()} if os.environ["WITH"] == "numpy" else {}
+        rng |= {"cuda": []} if os.environ["WITH"] == "cuda" else {}
+        folder = pathlib.Path("saved/step_00000003")
+        folder.mkdir(parents=True)
+        torch.save(model.state_dict(), folder / "model.pth")
+        torch.save({"optimizer": opt.state_dict()}, folder / "optimizer.pt")
+        torch.save(rng, folder / "rng_state.pt")
+        state = {"epoch": 0, "step_in_epoch": 3, "global_step": 3, "args": {"lr": 0.05}}
+        state |= {"loss_history": [0.5, 0.25], "metadata": None}
+        (folder / "state.json").write_text(json.dumps(state))
+"""
+
+
+@pytest.mark.parametrize("extra", ["", "numpy", "cuda"])
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"OBS_RESUME": "saved/step_00000003"},
+        {"OBS_RESUME": "saved"},
+        {"OBS_RESUME": "auto", "OBS_CKPT_DIR": "saved"},
+    ],
+)
+def test_a_checkpoint_of_the_plain_layout_is_gone_on_from_with_a_warning(script, wish, extra):
+    """Of the four files that others write; no digest vouches for them, and none is touched."""
+    other = Script(script.folder, OTHER, "other.py").run(WITH=extra)
+    before = tree(script.folder / "saved/step_00000003")
+    ended = script.run(**{**SAVING, **wish}, NAME="run")
+    assert origin(ended) == "3"
+    assert ended.lines("loss") == other.lines("loss")[3:]
+    assert "nothing vouches for its files" in ended.said
+    assert "failed and the training goes on" not in ended.said
+    assert curve(script.out / "run") == ended.lines("loss")
+    assert tree(script.folder / "saved/step_00000003") == before
+
+
+def test_a_checkpoint_of_the_plain_layout_knows_its_place_in_an_epoch(script):
+    other = Script(script.folder, OTHER, "other.py").run(WITH="")
+    loop = TRAINING.replace(
+        "while step < steps:\n",
+        "for epoch in range(1):\n  if obs.skip_epoch(epoch): continue\n"
+        "  for _ in range(6):\n    if obs.skip_batch(): continue\n",
+    )
+    ended = Script(script.folder, loop).run(**SAVING, OBS_RESUME="saved", NAME="run")
+    assert ended.lines("loss") == other.lines("loss")[3:]
+
+
+@pytest.mark.parametrize("name", ["model.pth", "optimizer.pt", "rng_state.pt", "state.json"])
+@pytest.mark.parametrize("content", [b"", b"torn"])
+def test_one_of_the_plain_layout_that_is_torn_is_refused_and_not_touched(script, name, content):
+    Script(script.folder, OTHER, "other.py").run(WITH="")
+    path = script.folder / "saved/step_00000003" / name
+    path.write_bytes(content)
+    before = tree(script.folder / "saved")
+    said = refused(script.run(1, **SAVING, OBS_RESUME="saved", NAME="run"))
+    assert "saved" in said
+    assert tree(script.folder / "saved") == before
+    assert names(script.out) == []

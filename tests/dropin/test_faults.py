@@ -280,6 +280,37 @@ def test_an_error_of_the_disk_itself_is_no_saved_checkpoint(tmp_path, call):
     assert outcomes.index("saved") >= 3
 
 
+@needs_gcc
+def test_a_signal_while_a_write_is_in_flight_loses_no_step(tmp_path):
+    """Each save takes a second here, and a step a millisecond."""
+    signalled = TRAINING.replace(
+        "    run.settle()\n", "    if step == 9: os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    script = Script(tmp_path / "work", signalled)
+    slow = {"DISK_PATH": ".tmp-step", "DISK_CALL": "fsync", "DISK_MS": 150}
+    [stopped] = on_a_bad_disk([(script, {**AUTO, **slow, "NAME": "run", "STEPS": 99})])
+    assert stopped.code == -signal.SIGTERM
+    assert len(stopped.lines("loss")) == 10  # the signal came after the ninth
+    saved = {path.name for path in script.out.glob("run/checkpoints/step_*")}
+    assert "step_00000010" in saved
+    assert len(saved) < 5  # most came while another was being written
+    assert origin(twin(script, "twin").run(**AUTO, NAME="run")) == "10"
+
+
+@pytest.mark.parametrize("made", ["a file", "a link to nowhere"])
+def test_a_signal_ends_the_script_also_where_nothing_can_be_saved(tmp_path, made):
+    signalled = TRAINING.replace(
+        'print("from", step)\n',
+        "path = run.dir / 'checkpoints'\n"
+        + ("path.touch()\n" if made == "a file" else "path.symlink_to('/nowhere/at/all')\n"),
+    ).replace("    run.settle()\n", "    if step == 4: os.kill(os.getpid(), signal.SIGTERM)\n")
+    script = Script(tmp_path / "work", signalled)
+    stopped = script.run(-signal.SIGTERM, **{**SAVING, "SAVE_INTERVAL": 9}, NAME="run")
+    assert stopped.said.count("from ") == 0
+    assert len(stopped.lines("loss")) in (4, 5)
+    assert "failed and the training goes on" in stopped.said
+
+
 # --- Power cut ---------------------------------------------------------------------------------
 
 
