@@ -312,8 +312,8 @@ class Run:
         /,
         step: Any = None,
         loss: Any = None,
-        *,
         batch: Any = None,
+        *,
         tokens: Any = None,
         samples: Any = None,
         carry: Mapping[str, Any] | None = None,
@@ -447,7 +447,7 @@ class Run:
             self._pace.epoch_loss = self.curve.epoch_losses.pop(number, None)
         return skip
 
-    def skip_batch(self, /) -> bool:
+    def skip_batch(self, /, *_: object) -> bool:
         """First line of the loop over batches: `if obs.skip_batch(): continue`."""
         self._pace.batches += 1
         if self._checkpointer is None:
@@ -462,7 +462,7 @@ class Run:
 
     def finish(self, /, status: str = "completed", **results: Any) -> None:
         """Write out what is left, results.json too, and close; a second call does nothing."""
-        completed = not status.startswith(("failed", "unfinished", "signal", "superseded"))
+        completed = not str(status).startswith(("failed", "unfinished", "signal", "superseded"))
         if completed and self._state == "waiting":
             self._records("step")  # or all that is held would be lost
         checkpointer, self._checkpointer = self._checkpointer, None
@@ -557,6 +557,7 @@ class Run:
             say(f"at the end of the run these were off: {', '.join(facts['degraded'])}")
         say(f"{status} at step {self.global_step}: {self.dir}")
         self.home.unlock()
+        _completed.update([self.dir] if status == "completed" else [])
         return self.home.plot(last=True) if self.settings.plot_interval > 0 else None
 
 
@@ -776,6 +777,7 @@ def add_arguments(parser: Any) -> None:
 # --- Facade ---------------------------------------------------------------------------------------
 
 _run: Run | None = None
+_completed: set[Path | None] = set()  # runs, by this process
 _runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
@@ -2070,7 +2072,7 @@ def peaks() -> dict[str, float]:
 _SECRET_NAME = (  # what a secret's name ends in
     r"(?:token|secrets?|passw(?:or)?ds?|passphrase|(?<![a-z])pass|pwd|credentials?|auth|bearer|jwt"
     r"|authorization|cookie|dsn|signature|(?<![a-z])sig"
-    r"|(?:api|access|private|secret|account|signing|encryption|ssh)[_-]?keys?(?:_?id)?)"
+    r"|(?:api|access|private|secret|account|signing|encryption|ssh|wandb)[_-]?keys?(?:_?id)?)"
 )
 _SECRETS = {  # what a secret looks like wherever it stands, and what is left of it
     r"-----BEGIN [A-Z ]*PRIVATE KEY[A-Z ]*-----.*?(?:-----END [A-Z ]*-----|$)": "",
@@ -2080,6 +2082,8 @@ _SECRETS = {  # what a secret looks like wherever it stands, and what is left of
     rf"(?i)(?<![\w-])([\w-]*{_SECRET_NAME}\d*\\*[\"']?\s*[=:]\s*)\\*"
     r"(?:\w{0,2}(?:\"[^\"]*\"?|'[^']*'?)|[^\s&;,\"'}<]+)": r"\1",
     r"\b(?:hf|gh[pousr])_[^\W_]{16,}|\b(?:github_pat_|glpat-|xox[abprs]-|AIza)[\w-]{8,}": "",
+    r"\b(?:npm_|dop_v1_|sk_live_|rk_live_)\w{8,}|(?<=hooks.slack.com/services/)\S+": "",
+    rf"(?i)(?<![\w-])(--?[\w-]*{_SECRET_NAME} +)[^\s-]\S*": r"\1",  # an option in a text
     r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bsk-(?=[\w-]*\d)[\w-]{16,}": "",
     r"\beyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]*)?": "",  # a JSON web token
 }
@@ -2455,6 +2459,8 @@ class Checkpointer:
         if point is not None and point.epoch is not None and epoch <= point.epoch:
             return bool(epoch < point.epoch) or self._enter(point)
         self._point = None
+        if self._loop.epoch is not None and epoch <= self._loop.epoch:
+            self._checks.note(f"skip_epoch({epoch}) came twice; number the epochs of all loops on")
         generators = self._run.watched["generator"]
         self._loop.begin(epoch, rng_state(generators) if "torch" in sys.modules else None)
         return False
@@ -2944,9 +2950,13 @@ class CallSiteChecks:
             self.note("resume() is never called; add obs.resume() before the loop")
         self._known = Known(self._watched)
         frames = script_frames(self.root[0])
-        self._text = ScriptText(frames, self.root, {*self._carried.asked, *self._carried.given})
+        asked, loop = {*self._carried.asked, *self._carried.given}, self._loop
+        skips = loop.epoch is not None, loop.batches > 0
+        self._text = ScriptText(frames, self.root, asked, skips)
         for sentence in self._text.lacks():
             self.note(sentence)
+        for name in sorted(self._text.behind - self._carried.given.keys()):
+            self.note(f"`{name}` changes behind step(); make that the last line of the iteration")
         self.reads_behind = bool(self._text.left)
         self.look(frames)
 
@@ -3263,6 +3273,9 @@ class ScriptLoop:
         behind = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.lineno <= last]
         self.left = self.made_anew & {n.id for n in behind if n.lineno > node.end_lineno}
         self.own = [*nodes_of(node)]  # not those of a loop within
+        later = [part for part in self.own if getattr(part, "lineno", 0) > self.line]
+        uses = [use for part in later for use in uses_in(part)]
+        self.behind = {name.rpartition(".")[2] for name, binds in uses if binds}
         self.skips = [each.lineno for each in self.own if called(each) in _SKIPS]
         calls: list[Any] = [each for each in ast.walk(node) if called(each) == "next"]
         tests = [each.test for each in ast.walk(node) if isinstance(each, ast.If | ast.While)]
@@ -3283,7 +3296,14 @@ _PLACE = "the place of `{}` is not kept; loop over its loader, and begin with sk
 class ScriptText:
     """What the script's text tells of the loops around the step."""
 
-    def __init__(self, frames: Sequence[types.FrameType], root: Place, asked: set[str]) -> None:
+    def __init__(
+        self,
+        frames: Sequence[types.FrameType],
+        root: Place,
+        asked: set[str],
+        skips: tuple[bool, bool] = (False, False),
+    ) -> None:
+        """`skips` tells which are called, wherever they stand: skip_epoch() and skip_batch()."""
         self.loops: list[ScriptLoop] = []  # the outermost first
         self.asked = asked  # what the loops are given back
         for frame in reversed(frames):
@@ -3294,6 +3314,10 @@ class ScriptText:
             loop.is_outermost, loop.is_innermost = not at, at == len(self.loops) - 1
         self.loops = [loop for loop in self.loops if not loop.has(root)]
         innermost = self.loops[-1:]
+        for loop in self.loops:
+            if skips[loop.is_innermost] and not loop.skips:
+                loop.skips.append(loop.node.lineno)
+        self.behind = {name for loop in innermost for name in loop.behind} & asked
         self.made_anew = asked | {f".{name}" for name in asked}  # by each iteration
         self.made_anew |= {name for loop in innermost for name in loop.made_anew}
         self.epochs_own = {name for loop in self.loops[:-1] for name in loop.made_anew}
@@ -3434,6 +3458,11 @@ def find_plan(run: Run, wish: str) -> Plan | None:
     for member in family_runs:
         refuse_alive(member)
     for member in family_runs:
+        if member in _completed:
+            raise RunError(
+                f"{member} was completed by this same process; give each run of a process a name "
+                "of its own, or a resume could not tell them apart"
+            )
         if (plan := plan_of(member)) is not None:
             return plan
         say(f"{member} holds no checkpoint; it is left as it is")

@@ -657,14 +657,15 @@ def test_checkpoints_come_at_the_interval_and_at_the_end_and_the_last_are_kept(
     run = open_run(weights=str(tmp_path / "out/pretrain_512.pth"))
     obs.watch(tiny_model[0], optimizer=tiny_model[1])
     for step in range(1, 10):
+        tiny_model[1].step()
         if step == 3:
             obs.validation(0.5)
         obs.step(step, loss=1.0)
         run.settle()
-    assert saved_steps(run_dir / "checkpoints") == [2, 6, 8]  # the best, and the last two
+    assert saved_steps(run_dir / "checkpoints") == [3, 6, 8]  # the best, and the last two
     obs.finish()
-    assert saved_steps(run_dir / "checkpoints") == [2, 8, 9]
-    assert read_json(run_dir / "results.json")["best_checkpoint"].endswith("step_00000002")
+    assert saved_steps(run_dir / "checkpoints") == [3, 8, 9]
+    assert read_json(run_dir / "results.json")["best_checkpoint"].endswith("step_00000003")
     weights = torch.load(tmp_path / "out/pretrain_512.pth", weights_only=True)
     assert same_bits(dict(weights), dict(tiny_model[0].state_dict()))
 
