@@ -3458,7 +3458,7 @@ def find_plan(run: Run, wish: str) -> Plan | None:
     for member in family_runs:
         refuse_alive(member)
     for member in family_runs:
-        if member in _completed:
+        if member in _completed and is_completed(member):
             raise RunError(
                 f"{member} was completed by this same process; give each run of a process a name "
                 "of its own, or a resume could not tell them apart"

@@ -22,8 +22,8 @@ DROP_IN, TOOLS = MAINRUN / "observability.py", MAINRUN / "observability_tools.py
 # What each may come to at most; behind it, what is asked for where that is not reached yet.
 LINES = {
     "Part I": 1630,  # 650
-    "Part II": 1620,  # 650
-    "observability.py": 3250,  # 1300
+    "Part II": 1650,  # 650
+    "observability.py": 3280,  # 1300
     "observability_tools.py": 850,  # 600
 }
 MEDIAN = 8  # lines of a function

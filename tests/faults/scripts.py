@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -204,6 +205,7 @@ def refused(ended: Ended) -> str:
     assert ended.code == 1
     assert not ended.lines("from")
     assert "obs.resume(" in ended.said
-    kind, _, said = ended.said.splitlines()[-1].partition(": ")
+    line = re.sub(r"^\[rank\d+\]: ", "", ended.said.splitlines()[-1])  # as torchrun marks it
+    kind, _, said = line.partition(": ")
     assert kind in ("observability.CheckpointError", "observability.DamageError")
     return said
