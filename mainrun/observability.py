@@ -169,7 +169,6 @@ class Run:
         self.settings, self.saving = resolve_settings(settings)
         self.global_step = 0  # the script's own number of the latest step
         self.steps = 0  # optimizer steps, with those before a resume
-        self.epoch: int | None = None
         self.home: RunDirectory | None = None
         self.header: dict[str, Any] = {"models": []}  # for config.json
         self.watched: dict[str, list[Any]] = {kind: [] for kind in KINDS}
@@ -179,6 +178,7 @@ class Run:
         self.optimizers = OptimizerHooks()
         self._pace = Pace()
         self._checkpointer: Checkpointer | None = None
+        self._asked: list[tuple[list[str], types.CodeType, int]] = []  # by resume(), of whom
         self._state = "off"  # then waiting (for resume), open, passing (a completed run), closed
         if enabled and os.environ.get("OBS_DISABLE", "0") in ("", "0"):
             _runs.add(self)
@@ -188,6 +188,10 @@ class Run:
     def dir(self) -> Path | None:
         """The run's directory; None where it has none, or not yet."""
         return self.home.path if self.home else None
+
+    @property
+    def epoch(self) -> int | None:
+        return self._pace.epoch
 
     @property
     def name(self) -> str:
@@ -289,7 +293,10 @@ class Run:
             CheckpointError: the resume that was asked for cannot be.
         """
         self._put_back()
-        return in_order(self._checkpointer.locals(defaults) if self._checkpointer else defaults)
+        if self._checkpointer is None:
+            self._asked.append(([*defaults], caller().f_code, caller().f_lineno))
+            return in_order(defaults)
+        return in_order(self._checkpointer.locals(defaults))
 
     def _put_back(self) -> None:
         """By the first of resume() and skip_epoch(), the only calls that raise: no step is lost."""
@@ -304,6 +311,7 @@ class Run:
         if not checkpointer.completed:
             return self._open(state)
         self._state = "passing"
+        checkpointer.signals.release(None)  # there is nothing to save
         fenced(checkpointer.tell_ranks)()
         return say(f"{self.dir} has completed at step {self.global_step}; it is left unchanged")
 
@@ -367,7 +375,9 @@ class Run:
     def save(self, /) -> None:
         """Ask for a checkpoint: at the next step(), or at the end of the epoch."""
         if self._records("save"):
-            self._checkpointer = self._checkpointer or Checkpointer(self)
+            if self._checkpointer is None:
+                self._checkpointer = Checkpointer(self)
+                self._checkpointer.begin_late(self._asked, self._pace.passed)
             self._checkpointer.wanted = "the script"
 
     @fenced
@@ -450,6 +460,7 @@ class Run:
     def skip_batch(self, /, *_: object) -> bool:
         """First line of the loop over batches: `if obs.skip_batch(): continue`."""
         self._pace.batches += 1
+        self._pace.passed += 1
         if self._checkpointer is None:
             return False
         self._obey(self._checkpointer.before_iteration())
@@ -493,7 +504,7 @@ class Run:
 
     def _begin_epoch(self, epoch: int) -> None:
         self._end_epoch()
-        self.epoch = epoch
+        self._pace.epoch, self._pace.passed = epoch, 0
         self._pace.epoch_began = (time.perf_counter(), self._pace.tokens)
 
     def _end_epoch(self) -> None:
@@ -567,7 +578,9 @@ class Pace:
     def __init__(self) -> None:
         self.mark: float | None = None  # perf_counter() when the current iteration began
         self.batches = 0  # that skip_batch() has seen since the last step
+        self.passed = 0  # and since the epoch's beginning
         self.tokens = 0
+        self.epoch: int | None = None
         self.epoch_began = (0.0, 0)  # perf_counter(), tokens
         self.epoch_loss: Any = None
 
@@ -2370,8 +2383,24 @@ class Checkpointer:
 
     def begin_anew(self) -> dict[str, Any] | None:
         """In another run; returns the state that it is a fork of, if of one."""
+        if self.completed and self.policy.every:
+            self.signals.catch()
         self.is_back, self.completed, self._plan, self._error = True, False, None, None
         return self.resumed and {**self.resumed, "parent": str(self._saved[1]), "seq": 0}
+
+    def begin_late(
+        self, asked: Iterable[tuple[Iterable[str], types.CodeType, int]], passed: int
+    ) -> None:
+        """By a save() where none was to be expected: how this epoch began, nobody has noted."""
+        self.is_back = True
+        for names, code, line in asked:
+            self._carried.asked |= dict.fromkeys(names, code)
+            self._checks.root = code, line
+        epoch = self._run.epoch
+        self._loop.begin(epoch, None, 0 if epoch is None else -sys.maxsize)
+        if passed and epoch is None:
+            self._checks.note("how the loop began is not known; set a save_interval")
+        self.opened()
 
     def opened(self) -> None:
         self.tell_ranks()
@@ -2511,7 +2540,7 @@ class Checkpointer:
             self._first_step()
         # Behind an epoch's last batch the script may read what a resumed run has not got: its loss.
         loop.held = None
-        if not self._is_due() or (loop.epoch is not None and not loop.batches):
+        if not self._is_due() or (loop.epoch is not None and loop.batches <= 0):
             return None
         if not loop.batches or not self._checks.reads_behind:
             return self._save_now(carry=carry or ())
@@ -2626,7 +2655,7 @@ class Checkpointer:
             **numerics(),
             "run_id": run.home.config["id"] if run.home else "",
             "epoch": loop.epoch,
-            "step_in_epoch": loop.batches,
+            "step_in_epoch": max(0, loop.batches),
             "broke": loop.broke,
             "global_step": run.global_step,
             "steps": run.steps,

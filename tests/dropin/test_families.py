@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import time
 from pathlib import Path
@@ -176,6 +177,33 @@ def test_a_completed_run_is_passed_through_and_not_a_byte_of_it_changes(script):
         assert origin(ended) == "6"
         assert "has completed at step 6" in ended.said
         assert unlogged(tree(script.folder)) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_script_that_passes_through_a_completed_run_and_changes_nothing(
+    script, number
+):
+    script.run(**AUTO, NAME="run")
+    before = unlogged(tree(script.folder))
+    running = script.start(**AUTO, NAME="run", HOLD=1).until("from")
+    running.send(number).wait(-number if number == signal.SIGTERM else 1)
+    after = unlogged(tree(script.folder))
+    assert {path: bits for path, bits in after.items() if not path.endswith(".lock")} == {
+        path: bits for path, bits in before.items() if not path.endswith(".lock")
+    }
+
+
+def test_a_signal_saves_what_a_script_does_beyond_a_completed_run(script):
+    script.run(**AUTO, NAME="run")
+    more = {**AUTO, "STEPS": 9}
+    signalled = TRAINING.replace(
+        "    run.settle()\n", "    if step == 7: os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    stopped = Script(script.folder, signalled).run(-signal.SIGTERM, **more, NAME="run")
+    assert [line.split()[0] for line in stopped.lines("loss")] == ["7", "8"]
+    ended = Script(script.folder, TRAINING).run(**more, NAME="run")
+    assert origin(ended) == "8"
+    assert names(script.out) == ["run", "run-2"]
 
 
 def test_a_completed_run_that_is_given_more_to_do_is_forked(script):
@@ -357,6 +385,19 @@ def test_each_rank_goes_on_where_it_was_with_generators_of_its_own(tmp_path, whe
     assert "exact" not in "".join(each.said for each in [*killed, *ended])
     assert not ours([*killed[1::2], ended[1]])  # a rank above 0 says nothing
     assert names(launch.script.out) == ["run"]
+
+
+def test_ranks_that_save_only_when_asked_wait_for_none_of_each_other(tmp_path):
+    asks = RANKS.replace("        obs.step(step", "        obs.save()\n        obs.step(step", 1)
+    launch = Launch(tmp_path / "work")
+    Script(launch.script.folder, asks)
+    began = time.monotonic()
+    launch.run(code=-9, SAVE_INTERVAL=0, OBS_RESUME="never", KILL_AT=4)
+    assert time.monotonic() - began < 60  # a wait for rank 0 takes two minutes
+    Script(launch.script.folder, RANKS)
+    for ended in launch.run():
+        assert origin(ended) == "4"
+        assert "exact" not in ended.said
 
 
 def test_ranks_that_train_one_run_after_another_take_each_for_itself(tmp_path):

@@ -347,3 +347,28 @@ def test_without_the_wish_no_best_is_kept(tmp_path):
     script.run(SAVE_INTERVAL=1000, OBS_SAVE_BEST=0)
     assert not (script.out / "run/checkpoints/best").is_symlink()
     assert "best_checkpoint" not in read_json(script.out / "run/results.json")
+
+
+# --- A save that was not to be expected -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [3, 5, 7])
+@pytest.mark.parametrize("place", ["begun", "stepped", "tail", "epoch"])
+def test_a_save_where_none_was_set_is_one_to_go_on_from_exactly_too(
+    tmp_path, straight, place, step
+):
+    """At the end of the epoch, for how this one began nobody has noted."""
+    script = Script(tmp_path / "work", LOOP)
+    asked = {"AT": f"{place} {step}", "DO": "save", "KILL_AT": 13}
+    killed = script.killed(**asked)
+    ended = script.run(**SETTINGS)
+    if step == 5 or place in ("begun", "stepped"):
+        in_first = step < 5 or (step == 5 and place != "begun")
+        assert origin(ended) == ("5" if in_first else "10")
+        assert record(script) == straight[1]
+    else:
+        assert origin(ended) == "0"
+    losses = dict(line.split() for line in straight[0].lines("loss"))
+    for line in killed.lines("loss") + ended.lines("loss"):
+        assert losses[line.split()[0]] == line.split()[1], line
+    assert "not be exact" not in killed.said
