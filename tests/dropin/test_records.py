@@ -600,7 +600,8 @@ def test_a_journal_that_is_taken_away_is_begun_anew(open_run, run_dir, capfd, ho
     else:  # as an editor saves
         shutil.copy(journal, elsewhere)
         elsewhere.replace(journal)
-    wait_for_words(capfd, "removed or replaced")
+    # To read what is captured over and over could lose what a thread says just then.
+    wait_until(lambda: any("removed or replaced" in said for said in list(obs._said)))
     for step in range(2, 101):
         obs.step(step, loss=1.0)
     obs.finish()
@@ -614,7 +615,8 @@ def test_a_run_whose_directory_is_taken_away_goes_on_and_says_so(
     open_run(drain_interval=0.01)
     obs.step(1, loss=1.0)
     run_dir.rename(tmp_path / "elsewhere")
-    wait_for_words(capfd, "removed or replaced")
+    # To read what is captured over and over could lose what a thread says just then.
+    wait_until(lambda: any("removed or replaced" in said for said in list(obs._said)))
     time.sleep(0.1)  # the timer tries again and again
     for step in range(2, 101):
         obs.step(step, loss=1.0)
