@@ -305,7 +305,7 @@ class Run:
             return None
         state = checkpointer.put_back()
         if state is None:
-            return self._open() if self._state == "waiting" else None
+            return self._open() if self._state == "waiting" else fenced(checkpointer.tell_ranks)()
         self.global_step, self.steps = state["global_step"], state["steps"]
         self._pace.tokens = state["tokens"]
         if not checkpointer.completed:
@@ -3581,7 +3581,8 @@ def as_checkpoint_error(error: BaseException) -> CheckpointError:
 
 
 class Decision:
-    """What rank 0 has decided, in a file of this launch, for the other ranks."""
+    """What rank 0 has decided, for the other ranks: in the store that they have in common, or in a
+    file of this launch."""
 
     WAIT_S = 120.0
 
@@ -3590,6 +3591,7 @@ class Decision:
         names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
         launch = "|".join([run.header["family"], *(os.environ.get(name, "") for name in names)])
         self._path = self._out / f".launch-{zlib.crc32(launch.encode()):08x}.json"
+        self._store = distributed_store()
 
     def publish(self, checkpoint: Path | None, directory: Path | None, refusal: str) -> None:
         """What is resumed from, and where the run's checkpoints are to lie."""
@@ -3603,9 +3605,14 @@ class Decision:
         }
         make_dirs(self._out)
         replace_file(self._path, seal(facts))
+        if self._store is not None:
+            self._store.set(self._path.stem, json.dumps(facts))
 
     def _read(self) -> dict[str, Any]:
         """Of a process that lives: what an earlier launch has left is never believed."""
+        if self._store is not None:
+            known = self._store.check([self._path.stem])
+            return dict(json.loads(self._store.get(self._path.stem))) if known else {}
         with contextlib.suppress(OSError, DamageError):
             facts = read_sealed(self._path)
             if facts["host"] == platform.node():
@@ -3627,6 +3634,14 @@ class Decision:
         if facts["refusal"]:
             raise CheckpointError(facts["refusal"])
         return facts
+
+
+def distributed_store() -> Any:
+    """What the processes of a launch have in common, on whatever hosts; None before they meet."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    return getattr(distributed.distributed_c10d, "_get_default_store", lambda: None)()
 
 
 def process_began(pid: int) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import time
@@ -305,7 +306,7 @@ def test_runs_that_share_a_folder_of_checkpoints_leave_each_others_alone(script)
 # --- Several ranks --------------------------------------------------------------------------------
 
 RANKS = """
-import os, time, torch
+import ctypes, os, socket, time, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 import observability as obs
@@ -313,6 +314,9 @@ import observability as obs
 rank, world, kill_at = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "KILL_AT"))
 early, late, bare = (os.environ.get(name) for name in ("EARLY", "LATE", "BARE"))
 runs = os.environ.get("RUNS", "run").split()
+if rank and os.environ.get("ELSEWHERE"):  # on a host of another name
+    assert ctypes.CDLL(None).unshare(0x04000000) == 0
+    socket.sethostname("elsewhere")
 if early:  # before the ranks have met
     obs.init(runs[0])
 if bare:  # as by mp.spawn, with the place of a process in its arguments
@@ -350,6 +354,9 @@ for name in runs:
 """
 
 
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="to name a host takes root")
+
+
 class Launch:
     """So many ranks of a script, as torchrun starts them."""
 
@@ -369,7 +376,19 @@ class Launch:
 
 
 @pytest.mark.parametrize(
-    "when", [{}, {"LATE": 0}, {"LATE": 1}, {"EARLY": 1}, {"BARE": 1}, {"OBS_CKPT_DIR": "all"}]
+    "when",
+    [
+        {},
+        {"LATE": 0},
+        {"LATE": 1},
+        {"EARLY": 1},
+        {"EARLY": 1, "LATE": 0},
+        {"BARE": 1},
+        {"OBS_CKPT_DIR": "all"},
+        pytest.param({"ELSEWHERE": 1}, marks=needs_root),
+        pytest.param({"ELSEWHERE": 1, "LATE": 0}, marks=needs_root),
+        pytest.param({"ELSEWHERE": 1, "EARLY": 1}, marks=needs_root),
+    ],
 )
 def test_each_rank_goes_on_where_it_was_with_generators_of_its_own(tmp_path, when):
     """Also where one comes late, and over what an earlier launch of the same port has left."""
