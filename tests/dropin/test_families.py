@@ -306,7 +306,7 @@ def test_runs_that_share_a_folder_of_checkpoints_leave_each_others_alone(script)
 # --- Several ranks --------------------------------------------------------------------------------
 
 RANKS = """
-import ctypes, os, socket, time, torch
+import ctypes, os, platform, socket, time, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 import observability as obs
@@ -317,6 +317,8 @@ runs = os.environ.get("RUNS", "run").split()
 if rank and os.environ.get("ELSEWHERE"):  # on a host of another name
     assert ctypes.CDLL(None).unshare(0x04000000) == 0
     socket.sethostname("elsewhere")
+    platform._uname_cache = None
+    assert platform.node() == "elsewhere"
 if early:  # before the ranks have met
     obs.init(runs[0])
 if bare:  # as by mp.spawn, with the place of a process in its arguments
