@@ -86,7 +86,7 @@ __all__ += ["add_arguments", "ended", "finish", "log", "save", "skip_batch", "st
 __all__ += ["latest_ckpt", "read_run"]
 
 SCHEMA = 1
-_IMPORTED = time.time()
+
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -178,7 +178,7 @@ class Run:
         self.optimizers = OptimizerHooks()
         self._pace = Pace()
         self._checkpointer: Checkpointer | None = None
-        self._asked: list[tuple[list[str], types.CodeType, int]] = []  # by resume(), of whom
+        self._asked: list[Asked] = []  # by resume(), where none was to save
         self._state = "off"  # then waiting (for resume), open, passing (a completed run), closed
         if enabled and os.environ.get("OBS_DISABLE", "0") in ("", "0"):
             _runs.add(self)
@@ -376,8 +376,7 @@ class Run:
         """Ask for a checkpoint: at the next step(), or at the end of the epoch."""
         if self._records("save"):
             if self._checkpointer is None:
-                self._checkpointer = Checkpointer(self)
-                self._checkpointer.begin_late(self._asked, self._pace.passed)
+                self._checkpointer = Checkpointer(self).begin_late(self._asked, self._pace)
             self._checkpointer.wanted = "the script"
 
     @fenced
@@ -496,9 +495,6 @@ class Run:
                 say(f"{self.dir} had completed, and the script goes on: the rest is another run")
             else:
                 say("the run was to resume, but the script never calls resume(): it begins anew")
-            if self.home is not None:
-                self.home.unlock()
-                self.home = None
             self._open(self._checkpointer.begin_anew())
         return self._state in ("open", "waiting")
 
@@ -2385,22 +2381,23 @@ class Checkpointer:
         """In another run; returns the state that it is a fork of, if of one."""
         if self.completed and self.policy.every:
             self.signals.catch()
+        if self._run.home is not None:
+            self._run.home.unlock()
+            self._run.home = None
         self.is_back, self.completed, self._plan, self._error = True, False, None, None
         return self.resumed and {**self.resumed, "parent": str(self._saved[1]), "seq": 0}
 
-    def begin_late(
-        self, asked: Iterable[tuple[Iterable[str], types.CodeType, int]], passed: int
-    ) -> None:
+    def begin_late(self, asked: Iterable[Asked], pace: Pace) -> Checkpointer:
         """By a save() where none was to be expected: how this epoch began, nobody has noted."""
         self.is_back = True
         for names, code, line in asked:
             self._carried.asked |= dict.fromkeys(names, code)
             self._checks.root = code, line
-        epoch = self._run.epoch
-        self._loop.begin(epoch, None, 0 if epoch is None else -sys.maxsize)
-        if passed and epoch is None:
+        self._loop.begin(pace.epoch, None, 0 if pace.epoch is None else -sys.maxsize)
+        if pace.passed and pace.epoch is None:
             self._checks.note("how the loop began is not known; set a save_interval")
         self.opened()
+        return self
 
     def opened(self) -> None:
         self.tell_ranks()
@@ -2926,6 +2923,7 @@ def is_variable(name: str, code: types.CodeType) -> bool:
 
 Watched = Mapping[str, list[Any]]
 Place = tuple[types.CodeType | None, int]  # a function of the script, and a line of it
+Asked = tuple[list[str], types.CodeType, int]
 
 
 class CallSiteChecks:
@@ -3599,7 +3597,6 @@ class Decision:
             "refusal": refusal,
             "checkpoint": checkpoint and os.path.abspath(checkpoint),
             "directory": directory and os.path.abspath(directory),
-            "time": time.time(),
             "began": process_began(os.getpid()),
             **this_process(),
         }
@@ -3615,11 +3612,8 @@ class Decision:
             return dict(json.loads(self._store.get(self._path.stem))) if known else {}
         with contextlib.suppress(OSError, DamageError):
             facts = read_sealed(self._path)
-            if facts["host"] == platform.node():
-                lives = process_began(facts["pid"]) == facts["began"] is not None
-            else:  # it cannot be asked; a script's processes are there before rank 0 decides
-                lives = facts["time"] > _IMPORTED - 60
-            return facts if lives else {}
+            began = process_began(facts["pid"]) if facts["host"] == platform.node() else None
+            return facts if began == facts["began"] is not None else {}
         return {}
 
     def wait_for(self, fact: str) -> dict[str, Any]:
@@ -3627,8 +3621,8 @@ class Decision:
         while not ((facts := self._read()).get(fact) or facts.get("refusal")):
             if time.monotonic() > until:
                 raise CheckpointError(
-                    f"rank 0 has not said within {self.WAIT_S:g} s what to resume "
-                    f"from; does it call resume(), and is {self._out} shared?"
+                    f"rank 0 has not said within {self.WAIT_S:g} s what to resume from; let each "
+                    "rank call resume(), and after init_process_group() where they have hosts"
                 )
             time.sleep(0.02)
         if facts["refusal"]:
