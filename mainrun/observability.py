@@ -2547,6 +2547,7 @@ class Checkpointer:
     def before_iteration(self) -> int | None:
         """A batch is drawn already: here is saved what was due before, at step()."""
         held, best = self._loop.held, self._run.curve.candidate()
+        self._loop.held = None  # once: the next batch of an accumulated step is no exact place
         if held is not None:
             return self._save_now(held=held)
         if self.wanted == "best" and self._loop.rests and best.weights == self._run.weights_seen():

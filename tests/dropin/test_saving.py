@@ -145,6 +145,50 @@ def test_a_signal_anywhere_loses_no_step_and_makes_none_twice(
     assert record(script) == straight[1]
 
 
+ACCUMULATED = """
+import time, torch
+import observability as obs
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Places:
+    def saving(self, step):
+        print("saving", step, batches)
+
+
+torch.manual_seed(1)
+x, y = torch.randn(480, 4), torch.randn(480, 1)
+model = torch.nn.Linear(4, 1)
+model.register_buffer("large", torch.zeros(2_000_000))  # is written while steps go by
+opt = torch.optim.SGD(model.parameters(), lr=0.1)
+loader = DataLoader(TensorDataset(x, y), 4, shuffle=True)
+obs.init("run").add_listener(Places())
+obs.watch(model, optimizer=opt)
+for epoch in range(2):
+    if obs.skip_epoch(epoch): continue
+    batches = 0
+    for xb, yb in loader:
+        if obs.skip_batch(): continue
+        loss = (model(xb) - yb).square().mean() / 3
+        loss.backward()
+        batches += 1
+        time.sleep(0.003)
+        if batches % 3 == 0:
+            opt.step()
+            opt.zero_grad()
+            obs.step(loss=loss.detach() * 3)
+    print("last", loss.item())
+obs.finish()
+"""
+
+
+def test_no_save_is_made_between_the_batches_of_an_accumulated_step(tmp_path):
+    ended = Script(tmp_path / "work", ACCUMULATED).run(SAVE_INTERVAL=1)
+    made = [tuple(map(int, line.split())) for line in ended.lines("saving")]
+    assert len(made) > 3
+    assert [batches for step, batches in made] == [3 * ((step - 1) % 40 + 1) for step, _ in made]
+
+
 # --- The best -------------------------------------------------------------------------------------
 
 BEST = """

@@ -332,7 +332,7 @@ def test_an_observed_script_that_names_its_own_run_is_gone_on_with(place):
 
 def kill_the_stage(pipeline: int) -> None:
     children = subprocess.run(
-        ["ps", "-o", "pid=,args=", "--ppid", str(pipeline)],
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(pipeline)],
         text=True,
         capture_output=True,
         check=True,
