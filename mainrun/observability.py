@@ -2495,6 +2495,7 @@ class Checkpointer:
         self._loop.broke = self._loop.leave = point.broke
         rng = point.rng if point.whole else point.rng["start"]
         set_rng_state(rng, self._run.watched["generator"])
+        switch(self._run.watched["model"], point.rng["switched"])
         self._loop.begin(point.epoch, rng, 0 if point.whole else point.passed)
         self._point = None if point.whole else point
         return point.whole
@@ -2509,6 +2510,7 @@ class Checkpointer:
         if loop.batches >= point.batches:
             self._point = None
             set_rng_state(point.rng, self._run.watched["generator"])
+            switch(self._run.watched["model"], point.rng["switched"])  # the way back switched too
         return loop.batches <= point.batches
 
     def ended(self) -> bool:
@@ -2680,6 +2682,7 @@ class Checkpointer:
             **(held or self._draws()),
             "start": self._loop.start,
             "listeners": kept,
+            "switched": fenced(self._checks.switched)(),
             "carry": self._carried.plain(),
         }
         if run.recorder.rank:
@@ -2946,6 +2949,7 @@ class CallSiteChecks:
         self._known = Known({kind: [] for kind in KINDS})
         self._probes: dict[tuple[str, int], list[Probe]] = {}
         self._first: dict[Any, Any] = {}  # what a probe read first
+        self._switches: dict[Switch, Any] = {}  # as the script sets them before resume()
         self._stepped: dict[int, Callable[[], Any]] = {}
         self._hook: Any = None
         self._epoch: Any = None  # as of the last look
@@ -2959,6 +2963,7 @@ class CallSiteChecks:
     def see_at_resume(self) -> None:
         frames = script_frames()
         self.root = frames[0].f_code, frames[0].f_lineno
+        self._switches = switches(self._watched["model"])
         things = in_sight(frames, self._text)
         for kind, _, thing in [*unwatched(self._watched, things)]:
             if kind == "generator" or type(thing).__module__.startswith("torch."):
@@ -3016,6 +3021,11 @@ class CallSiteChecks:
             at = (path, id(thing))  # to look through a large model takes milliseconds
             old = None if collected(thing) else before.get(at)
             self._probes[at] = old or [*probes(path, thing, self._known)]
+
+    def switched(self) -> dict[Switch, Any]:
+        """What the script has switched since, for a resumed run to begin with."""
+        first, now = self._switches, switches(self._watched["model"])
+        return {at: value for at, value in now.items() if first.get(at, value) != value}
 
     def report(self) -> dict[str, Any]:
         """For state.json, at each save."""
@@ -3227,7 +3237,6 @@ class Probe(NamedTuple):
 def probes(path: str, thing: Any, known: Known) -> Iterator[Probe]:
     if path in known.models:
         for at, module in thing.named_modules(prefix=path):
-            yield from numbers_of(at, module)
             for name in module._non_persistent_buffers_set:
                 read = reader(module, lambda of, name: printed([getattr(of, name, None)]), name)
                 yield Probe(f"{at}.{name}", read, "make it a persistent buffer")
@@ -4015,6 +4024,39 @@ def capture(watched: Watched) -> dict[str, Any]:
     return {"model.pth": by_kind.pop("model", {}), "optimizer.pt": by_kind}
 
 
+Switch = tuple[int, str, str]  # which model, the module or parameter in it, the attribute
+_SWITCHES = (bool, int, float, str, type(None))
+
+
+def switches(models: Sequence[Any]) -> dict[Switch, Any]:
+    """What a model has beside its tensors: train or eval, what is frozen, its own numbers."""
+    found = dict[Switch, Any]()
+    for at, model in enumerate(models):
+        for path, module in modules_of(model):
+            own = vars(module) if has_numbers(module) else {"training": module.training}
+            found |= {(at, path, name): value for name, value in own.items()}
+        for path, parameter in model.named_parameters() if found else ():
+            found[at, path, "requires_grad"] = parameter.requires_grad
+    return {where: value for where, value in found.items() if type(value) in _SWITCHES}
+
+
+def modules_of(model: Any) -> Iterable[tuple[str, Any]]:
+    return model.named_modules() if hasattr(model, "named_modules") else ()
+
+
+def has_numbers(module: Any) -> bool:
+    """Not a wrapper of torch's, whose counters are of its own process."""
+    kind = type(module).__module__
+    return kind.startswith("torch.nn.modules.") or not kind.startswith("torch.")
+
+
+def switch(models: Sequence[Any], switched: Mapping[Switch, Any]) -> None:
+    for (at, path, name), value in switched.items():
+        named = {**dict(models[at].named_modules()), **dict(models[at].named_parameters())}
+        if path in named:
+            setattr(named[path], name, value)
+
+
 def numbered(states: Sequence[Any]) -> Any:
     return states[0] if len(states) == 1 else {str(at): state for at, state in enumerate(states)}
 
@@ -4059,6 +4101,7 @@ def restore(path: Path, watched: Watched) -> tuple[dict[str, Any], dict[str, Any
     plain: dict[str, Any] = {
         "loader": [],
         "listeners": {},
+        "switched": {},
         "carry": places_of(state),
         "start": None,
     }

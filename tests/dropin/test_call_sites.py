@@ -328,6 +328,22 @@ EXACT |= {
         ("nn.Tanh()", "nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Tanh()")
     ),
     "a model with constant buffers and a sum that begins anew": edited(net("Net")),
+    "a counter in the model": edited(net("Counts")),
+    "layers that are frozen by an epoch": edited(
+        after(EPOCH, "if epoch == 1: model[0].requires_grad_(False)")
+    ),
+    "layers that are thawed by a step": edited(
+        after(MODEL, "model[2].requires_grad_(False)"),
+        before(LOSS, "if step == 4: model[2].requires_grad_(True)"),
+    ),
+    "dropout that an epoch changes": edited(
+        ("nn.Tanh()", "nn.Dropout(0.1)"), after(EPOCH, "if epoch == 1: model[1].p = 0.7")
+    ),
+    "statistics that an epoch holds fast, against the way back": edited(
+        ("nn.Tanh()", "nn.BatchNorm1d(8)"),
+        after(EPOCH, "model.train()"),
+        before(LOSS, "if step == 6: model[1].eval()"),
+    ),
     "a number that the script gives the model": edited(
         net("Net"), before(LOSS, "model.scale = 1 / (1 + step)")
     ),
@@ -558,10 +574,6 @@ INEXACT = {
             behind_the_epoch("stopping(loss.item())", "if stopping.stops: break"),
         ),
         "`stopping.(best|counter)` moves and is in no checkpoint; carry it",
-    ),
-    "a counter in the model": (
-        edited(net("Counts")),
-        "`Counts.calls` moves and is in no checkpoint; carry it, or make it a buffer",
     ),
     "a buffer that is not persistent and moves": (
         edited(net("Remembers")),
