@@ -2079,20 +2079,25 @@ def peaks() -> dict[str, float]:
 # --- JSON without secrets -------------------------------------------------------------------------
 
 _SECRET_NAME = (  # what a secret's name ends in
-    r"(?:token|secrets?|passw(?:or)?ds?|passphrase|(?<![a-z])pass|pwd|credentials?|auth|bearer|jwt"
-    r"|authorization|cookie|dsn|signature|(?<![a-z])sig"
+    r"(?:token|secrets?|passw(?:or)?ds?|passphrases?|pwds?|credentials?|auth|bearer|jwts?"
+    r"|authorization|cookies?|dsn|signature|(?<![a-z])(?:pass|pw|pin|otp|sig)|(?<=--)key"
+    r"|(?:access|api|auth|bearer|github|hf|hub|refresh|session)[_-]?tokens"
     r"|(?:api|access|private|secret|account|signing|encryption|ssh|wandb)[_-]?keys?(?:_?id)?)"
 )
 _SECRETS = {  # what a secret looks like wherever it stands, and what is left of it
     r"-----BEGIN [A-Z ]*PRIVATE KEY[A-Z ]*-----.*?(?:-----END [A-Z ]*-----|$)": "",
     r"(?<=://)[^/\s'\"]*(?=@)": "",  # a URL's user and password
+    # Without a scheme too, and with what should have been quoted in it; a port is no password.
+    r"(?<=//)[^/\s'\":@\[]{0,99}:(?!\s|\d{1,5}(?:[/?#\s]|$))"
+    r"(?:[^/\s'\"]{1,99}|[^'\"@\r\n]{1,99})(?=@)": "",
     r"(?i)\b(bearer|basic) +[\w.~+/=-]{16,}": r"\1 ",
-    r"(?i)((?:authorization|cookie)\\*[\"']?\s*[=:]\s*)[^\r\n\"']+": r"\1",  # to the line's end
-    rf"(?i)(?<![\w-])([\w-]*{_SECRET_NAME}\d*\\*[\"']?\s*[=:]\s*)\\*"
+    r"(?i)((?:authorization|cookies?)\\*[\"']?\s*[=:]\s*)[^\r\n\"']+": r"\1",  # to the line's end
+    rf"(?i)(?<![\w-])([\w-]*{_SECRET_NAME}[_\d]*\\*[\"']?\s*[=:]\s*)\\*"
     r"(?:\w{0,2}(?:\"[^\"]*\"?|'[^']*'?)|[^\s&;,\"'}<]+)": r"\1",
     r"\b(?:hf|gh[pousr])_[^\W_]{16,}|\b(?:github_pat_|glpat-|xox[abprs]-|AIza)[\w-]{8,}": "",
     r"\b(?:npm_|dop_v1_|sk_live_|rk_live_)\w{8,}|(?<=hooks.slack.com/services/)\S+": "",
-    rf"(?i)(?<![\w-])(--?[\w-]*{_SECRET_NAME} +)[^\s-]\S*": r"\1",  # an option in a text
+    rf"(?i)(?<![\w-])(--?[\w-]*{_SECRET_NAME}[_\d]*[\"']?,? +)"  # an option in a text
+    r"(?:\"[^\"]*\"?|'[^']*'?|[^\s-]\S*)": r"\1",
     r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bsk-(?=[\w-]*\d)[\w-]{16,}": "",
     r"\beyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]*)?": "",  # a JSON web token
 }
@@ -2103,7 +2108,7 @@ _OF_A_TOKENIZER = re.compile(r"</?[\w|]+>|\[[A-Z]+\]|\d{1,6}")  # such as <pad>
 
 def is_secret(name: str, value: object) -> bool:
     """By its name. A count of tokens is none, and no padding token; a password's digits are."""
-    if not _IS_SECRET.fullmatch(name) or not name.lower().endswith("token"):
+    if not _IS_SECRET.fullmatch(name) or not name.lower().endswith(("token", "tokens")):
         return bool(_IS_SECRET.fullmatch(name))
     return isinstance(value, str) and not _OF_A_TOKENIZER.fullmatch(value)
 
@@ -2119,8 +2124,16 @@ def redacted(text: str, name: str = "") -> str:
 
 def redacted_arguments(arguments: Sequence[str]) -> list[str]:
     """`--token x` and `--token=x` without the x."""
-    options = [a if a.startswith("-") and "=" not in a else "" for a in ("", *arguments)]
-    return [redacted(argument, option) for option, argument in zip(options, arguments)]
+    return [redacted(each, name) for name, each in zip(names_before(arguments), arguments)]
+
+
+def names_before(items: Sequence[Any]) -> list[str]:
+    """For each what it may be the value of: the option before it, in a pair what comes first."""
+    found = [""]
+    for each in items:
+        is_name = isinstance(each, str) and (len(items) == 2 or each.startswith("-"))
+        found.append(each if is_name and "=" not in each else "")
+    return found
 
 
 def to_json(value: Any, name: str = "", above: tuple[int, ...] = ()) -> Any:
@@ -2140,9 +2153,10 @@ def to_json(value: Any, name: str = "", above: tuple[int, ...] = ()) -> Any:
     if id(value) in above or len(above) > 40:
         return "<left out: a cycle, or too deep>"
     above = (*above, id(value))
-    if isinstance(items, list):
-        return [to_json(each, name, above) for each in items]
     secret = name if _IS_SECRET.fullmatch(name) else ""
+    if isinstance(items, list):
+        names = names_before(items)
+        return [to_json(each, secret or before, above) for before, each in zip(names, items)]
     return {redacted(key): to_json(each, secret or key, above) for key, each in items.items()}
 
 

@@ -21,9 +21,9 @@ DROP_IN, TOOLS = MAINRUN / "observability.py", MAINRUN / "observability_tools.py
 
 # What each may come to at most; behind it, what is asked for where that is not reached yet.
 LINES = {
-    "Part I": 1640,  # 650
+    "Part I": 1650,  # 650
     "Part II": 1690,  # 650
-    "observability.py": 3330,  # 1300
+    "observability.py": 3340,  # 1300
     "observability_tools.py": 850,  # 600
 }
 MEDIAN = 8  # lines of a function
