@@ -362,7 +362,8 @@ class JournalCheck:
             yield f"{torn}: a torn line, and no resume follows it"
         if record:
             train = b'"train"' in tags[:30]
-            yield from self._note(record, max(int(record[3]), 0) if train else self.NO_STEP)
+            step = max(int(record[3]), 0) if train else self.NO_STEP
+            yield from self._note(where, record, step)
         elif b'{"schema":'.startswith(line[:10].rstrip()) and not _END.search(line):
             self.torn = where
         else:
@@ -377,16 +378,17 @@ class JournalCheck:
             self.resumes.append(tags)
         return str(tags.get("event"))
 
-    def _note(self, record: re.Match[bytes], step: int) -> Iterator[str]:
+    def _note(self, where: str, record: re.Match[bytes], step: int) -> Iterator[str]:
         seq = int(record[2])
-        self.records, self.last = self.records + 1, max(self.last, seq)
+        last, self.records, self.last = self.last, self.records + 1, max(self.last, seq)
         if int(record[1]) > obs.SCHEMA:
             raise obs.RunError(f"{self.name} is of a newer schema; use the file that wrote it")
         if seq >= len(self.steps):
             self._reach(seq)
             self.steps.append(step)
-        elif self.steps[seq] == self.ABSENT:  # threads may put neighbours in the other order
+        elif self.steps[seq] == self.ABSENT:
             self.steps[seq] = step
+            yield f"{where}: record {seq} stands behind record {last}"
         else:
             yield f"{self.name}: record {seq} stands there twice"
 
@@ -454,7 +456,8 @@ class StreamCheck:
             self.documents[name] = content = obs.read_sealed(path)
             if name == "results.json" and not self.alive:
                 self.known = (content["records"], content["last_step"])
-        yield from ()
+        elif name == "results.json" and "ended" in self.documents.get("run_manifest.json", {}):
+            yield f"{path} is missing, though the run's manifest says that it had ended"
 
     def _in_lock(self) -> Iterator[str]:
         path = self.stream.document(".lock")

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 import zlib
@@ -414,14 +415,52 @@ def test_a_run_killed_before_its_first_record_is_whole(tmp_path):
     assert verdict(tmp_path / "run") == []
 
 
-def test_neighbours_in_the_other_order_are_no_damage_and_doubles_are(tmp_path):
+def test_records_in_another_order_and_doubles_are_damage(tmp_path):
     journal = make_journal(tmp_path / "run", range(1, 11))
     lines = journal.read_bytes().splitlines(keepends=True)
-    lines[3], lines[4] = lines[4], lines[3]
-    journal.write_bytes(b"".join(lines))
-    assert verdict(tmp_path / "run") == []
     journal.write_bytes(b"".join([*lines, lines[5]]))
     assert verdict(tmp_path / "run") == ["metrics.ndjson: record 6 stands there twice"]
+    lines[3], lines[4] = lines[4], lines[3]
+    journal.write_bytes(b"".join(lines))
+    swapped = ["metrics.ndjson, line 5: record 4 stands behind record 5"]
+    assert verdict(tmp_path / "run") == swapped
+    (tmp_path / "run" / "metrics.0001.ndjson").write_bytes(b"".join(lines[6:]))
+    journal.write_bytes(b"".join(lines[:3]))
+    assert "metrics.ndjson, line 1: record 1 stands behind record 11" in verdict(tmp_path / "run")
+
+
+def test_what_threads_record_at_once_stands_in_order(open_run, run_dir):
+    run = open_run(shard_bytes=20_000)
+    threads = [
+        threading.Thread(target=lambda: [run.log({"a": i}) for i in range(300)]) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for step in range(1, 301):
+        obs.step(step, loss=1 / step)
+    for thread in threads:
+        thread.join()
+    obs.finish()
+    assert verdict(run_dir) == []
+    assert "whole" in command("verify", run_dir)
+
+
+def test_results_that_an_ended_run_had_are_missed_and_those_of_a_killed_one_are_not(
+    two_streams, tmp_path
+):
+    for name in ("results.json", "results.eval.json"):
+        whole = (two_streams / name).read_bytes()
+        (two_streams / name).unlink()
+        [said] = command("verify", two_streams, status=1).splitlines()[:-1]
+        assert said == (
+            f"{two_streams / name} is missing, though the run's manifest says that it had ended"
+        )
+        (two_streams / name).write_bytes(whole)
+    assert verdict(two_streams) == []
+    with living_run(tmp_path / "killed"):
+        pass
+    assert not (tmp_path / "killed/out/run/results.json").exists()
+    assert verdict(tmp_path / "killed/out/run") == []
 
 
 def test_a_torn_line_is_a_kills_only_at_the_end_or_before_a_resume(tmp_path):
