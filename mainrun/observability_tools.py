@@ -971,6 +971,8 @@ def command_tb(options: argparse.Namespace) -> None:
         raise ToolError(f"TensorBoard is not installed; {install}")
     beside = obs.script_dir() / "logs/tb"
     directory = options.dir or (beside if beside.is_dir() else Path("logs/tb"))
+    if not directory.is_dir():
+        raise ToolError(f"{directory} is no folder; give the one that holds the runs' events")
     host, port = options.host, free_port(options.host, options.port)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"{url} shows {directory} (pid {os.getpid()}; Ctrl-C ends it)", flush=True)

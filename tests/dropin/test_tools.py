@@ -959,16 +959,23 @@ def test_tb_says_how_to_install_tensorboard_where_it_is_missing():
     assert done.stderr == f"observability: TensorBoard is not installed; {install}\n"
 
 
-def test_tb_says_when_no_port_is_free():
+def test_tb_refuses_a_folder_that_is_not_there(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "nothing", tmp_path / "file"):
+        said = f"{path} is no folder; give the one that holds the runs' events"
+        assert refusal("tb", path) == said
+
+
+def test_tb_says_when_no_port_is_free(tmp_path):
     with contextlib.ExitStack() as stack:
         for port in range(50_000, 50_100):
             stack.enter_context(busy_port(port))
-        assert "no free port from 50000 to 50099" in refusal("tb", "--port", "50000")
+        assert "no free port from 50000 to 50099" in refusal("tb", tmp_path, "--port", "50000")
 
 
-def test_tb_takes_host_and_port_from_the_environment():
+def test_tb_takes_host_and_port_from_the_environment(tmp_path):
     others = {**os.environ, "TB_HOST": "192.0.2.1", "TB_PORT": "50000"}
-    done = python(COMMANDS, "tb", env=others)
+    done = python(COMMANDS, "tb", tmp_path, env=others)
     assert (done.returncode, done.stdout) == (2, "")
     assert "192.0.2.1 has no free port from 50000" in done.stderr
     assert "invalid int value: 'x'" in python(COMMANDS, "tb", env={**others, "TB_PORT": "x"}).stderr
