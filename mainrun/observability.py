@@ -2161,27 +2161,30 @@ def to_json(value: Any, name: str = "", above: tuple[int, ...] = ()) -> Any:
 
 
 def items_of(value: Any) -> dict[str, Any] | list[Any] | None:
-    """What a container holds; None for what is none."""
-    try:
-        if is_dataclass(value) and not isinstance(value, type):
-            return {each.name: getattr(value, each.name, None) for each in fields(value)}
-        if type(value).__name__ in ("Namespace", "SimpleNamespace"):
-            value = vars(value)
-        if isinstance(value, Mapping):
-            return {shown(key): each for key, each in value.items()}
-        return list(value) if isinstance(value, list | tuple | set | frozenset | deque) else None
-    except Exception:  # a stranger's container
-        return None
+    """What a container holds; None for what is none, and for a stranger's that raises."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: getattr(value, each.name, None) for each in fields(value)}
+    if type(value).__name__ in ("Namespace", "SimpleNamespace"):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return attempt(lambda: {shown(key): each for key, each in value.items()}, None)
+    is_list = isinstance(value, list | tuple | set | frozenset | deque)
+    return attempt(lambda: list(value), None) if is_list else None
 
 
 def shown(value: Any) -> str:
     """As text, without addresses in memory: they are others in every run."""
     if hasattr(value, "untyped_storage"):  # to print a tensor would wait for its device
         return f"<tensor of {tuple(value.shape)}>"
+    unshown = f"<{type(value).__name__} that cannot be shown>"
+    return attempt(lambda: re.sub(r" at 0x[0-9a-f]+", "", str(value)), unshown)
+
+
+def attempt(call: Callable[[], R], otherwise: R) -> R:
     try:
-        return re.sub(r" at 0x[0-9a-f]+", "", str(value))
-    except Exception:  # a stranger's __str__
-        return f"<{type(value).__name__} that cannot be shown>"
+        return call()
+    except Exception:  # a stranger's container or __str__
+        return otherwise
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -3188,9 +3191,13 @@ def unwatched(watched: Watched, things: Mapping[str, Any]) -> Iterator[tuple[str
         if known.isdisjoint((id(thing), id(inner(thing)))):
             if is_generator(thing):
                 yield "generator", path, thing
-            for kind, mark in _MARKS.items() if ask(thing, "load_state_dict") else ():
-                if ask(thing, mark) is not None and ask(thing, "_enabled") is not False:
-                    yield kind, path, thing
+            yield from ((kind, path, thing) for kind in kinds_of(thing))
+
+
+def kinds_of(thing: Any) -> list[str]:
+    if not ask(thing, "load_state_dict") or ask(thing, "_enabled") is False:
+        return []
+    return [kind for kind, mark in _MARKS.items() if ask(thing, mark) is not None]
 
 
 _MARKS = {"optimizer": "param_groups", "scheduler": "last_epoch", "scaler": "unscale_"}
@@ -3779,9 +3786,8 @@ class CheckpointStore:
                 self._remove(final)  # of a history that a resume from further back gave up
                 os.rename(staging, final)
                 sync_dir(self.directory)
-        except BaseException:  # the disk's errors, a stranger's state, an interrupt: all go on up
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)  # which is gone where all went well
         self._retain(final)
         return final
 
