@@ -324,6 +324,7 @@ class Run:
         *,
         tokens: Any = None,
         samples: Any = None,
+        batches: int = 1,
         carry: Mapping[str, Any] | None = None,
         last: bool = False,
         **metrics: Any,
@@ -335,6 +336,7 @@ class Run:
             loss: a number or a one-element tensor; a CUDA tensor is not waited for.
             batch: what was trained on, for the rates: its shape is looked at, nothing is read.
             tokens, samples: how many this step consumed, where the batch does not tell.
+            batches: of how many like that one the step accumulated the gradients.
             carry: loop-carried locals that `resume` was asked for and that this call cannot see.
             last: the loop breaks after this step; a resumed run then leaves it at `ended`.
             metrics: further numbers or one-element tensors. `lr` is the one that the step used.
@@ -350,8 +352,8 @@ class Run:
             record = {} if loss is None else {"loss/train": loss}
             record.update(self.optimizers.lrs)
             if batch is not None or samples is not None or tokens.__class__ is not int:
-                seen = batch if pace.batches < 2 else None  # else it is not all that was trained on
-                tokens, samples = sizes(seen, tokens, samples)
+                whole = pace.batches < 2 or batches != 1  # else it is not all that was trained on
+                tokens, samples = sizes(batch if whole else None, batches, tokens, samples)
             if tokens is not None:
                 pace.tokens += tokens
             if pace.mark is not None and now > pace.mark:
@@ -398,14 +400,18 @@ class Run:
         # Part of this iteration's time went into the evaluation: the step's own is not known.
         # The loss as a copy: the script may go on adding to its tensor.
         self._pace.mark = None
-        self._pace.epoch_loss = loss.detach().clone() if hasattr(loss, "detach") else loss
+        number = as_number("loss/val_step", loss)
+        if number is not None:
+            self._pace.epoch_loss = loss.detach().clone() if hasattr(loss, "detach") else loss
         record = {f"{name}/val": value for name, value in {**others, **metrics}.items()}
         # In mid-iteration the optimizer has stepped and step() is yet to come.
         at = whole_number("step", step, self.global_step + self.optimizers.stepped)
+        if number is None:
+            return self.recorder.record("eval", at, record) if record else None
         evaluation = self.curve.expect(at, self.epoch, self.weights_seen())
         if not self.optimizers.steps and self._checkpointer and self._checkpointer.in_iteration():
             evaluation.weights += 0.5  # no hook tells whether they are those of the step before
-        self.recorder.record("eval", at, {"loss/val_step": loss, **record})
+        self.recorder.record("eval", at, {"loss/val_step": number, **record})
         if self._checkpointer is not None:
             self._checkpointer.evaluated(evaluation)
         self.tell("evaluated", at, {"loss/val_step": loss, **record})
@@ -609,7 +615,7 @@ class OptimizerHooks:
             hook.remove()
 
 
-def sizes(batch: Any, tokens: Any, samples: Any) -> tuple[Any, Any]:
+def sizes(batch: Any, batches: Any, tokens: Any, samples: Any) -> tuple[Any, Any]:
     """Tokens and samples of a batch, by its shape: int32 or int64 in two dimensions are tokens."""
     if tokens is not None or samples is not None:
         return whole_number("tokens", tokens, None), whole_number("samples", samples, None)
@@ -621,8 +627,8 @@ def sizes(batch: Any, tokens: Any, samples: Any) -> tuple[Any, Any]:
     if not (shape := getattr(batch, "shape", None)):
         return None, None
     if len(shape) == 2 and str(batch.dtype).rpartition(".")[2] in ("int32", "int64"):
-        return shape[0] * shape[1], None
-    return None, shape[0]
+        return shape[0] * shape[1] * batches, None
+    return None, shape[0] * batches
 
 
 def split_loss(given: Any) -> tuple[Any, dict[str, Any]]:
@@ -1008,7 +1014,7 @@ class Recorder:
         if self._journal is not None:
             self._journal.write(form.line(seq, wall, step, values, total))
         self._queue.append((form, seq, wall, step, values))
-        if form.phase == "eval" and form.names[0] == "loss/val_step":
+        if form.phase == "eval" and form.names[:1] == ("loss/val_step",):
             self._curve.evaluated(values[0])
 
     def land(self) -> None:
@@ -1126,7 +1132,8 @@ class PendingValue:
 
     @staticmethod
     def _allocate(count: int) -> Iterator[tuple[Any, Any, Any]]:
-        for tensor in torch_module().empty(count, pin_memory=True).unbind():
+        torch = torch_module()  # of which a script may set another default dtype
+        for tensor in torch.empty(count, dtype=torch.float32, pin_memory=True).unbind():
             at = tensor.data_ptr()
             yield tensor, ctypes.c_uint32.from_address(at), ctypes.c_float.from_address(at)
 
@@ -1134,8 +1141,11 @@ class PendingValue:
         return bool(self._cell[1].value != self._ABSENT)
 
     def take(self) -> float:
-        self._free.append(self._cell)
         return float(self._cell[2].value)
+
+    def __del__(self) -> None:
+        if self.arrived():  # else a copy may yet come, into the next one's value
+            self._free.append(self._cell)
 
 
 def all_arrived(values: Sequence[Any]) -> bool:
@@ -2388,8 +2398,8 @@ class Checkpointer:
                 return True  # as rank 0 decides
             self._plan = find_plan(run, wish)
             if self._plan is not None and self._plan.run_dir is not None:
-                self.completed = is_completed(self._plan.run_dir)
                 run.home = RunDirectory.reopen(self._plan.run_dir)
+                self.completed = is_completed(self._plan.run_dir)
         except _REFUSALS as error:
             self._error = as_checkpoint_error(error)
         return self._plan is not None or self._error is not None
@@ -2509,7 +2519,8 @@ class Checkpointer:
         return False
 
     def _enter(self, point: ResumePoint) -> bool:
-        self._loop.broke = self._loop.leave = point.broke
+        self._loop.broke = point.broke
+        self._loop.leave = point.broke and (not point.whole or point.epoch is None)
         rng = point.rng if point.whole else point.rng["start"]
         set_rng_state(rng, self._run.watched["generator"])
         switch(self._run.watched["model"], point.rng["switched"])
@@ -3995,6 +4006,8 @@ def publish_weights(checkpoint: Path, target: Path) -> None:
     make_dirs(target.parent)
     staging = target.with_name(f".tmp-{target.name}")
     shutil.copyfile(checkpoint / "model.pth", staging)
+    with staging.open("rb+") as file:
+        os.fsync(file)
     os.replace(staging, target)
     sync_dir(target.parent)
 

@@ -329,6 +329,12 @@ EXACT |= {
     ),
     "a model with constant buffers and a sum that begins anew": edited(net("Net")),
     "a counter in the model": edited(net("Counts")),
+    "epochs that are left after a step, and whose loss is read": edited(
+        (LOOP, "for epoch in range(1, 6):\n"),
+        before(BATCH, "if obs.ended(): break"),
+        ("batch=x)\n", "batch=x, last=step % 3 == 0)\n        if step % 3 == 0: break\n"),
+        behind_the_epoch("print(loss.item())"),
+    ),
     "layers that are frozen by an epoch": edited(
         after(EPOCH, "if epoch == 1: model[0].requires_grad_(False)")
     ),

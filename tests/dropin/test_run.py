@@ -599,7 +599,7 @@ def copies(monkeypatch):
     """What is on its way from the stand-in of a device; a call makes it arrive."""
     if not torch.cuda.is_available():  # nor can memory be pinned
         plain = torch.empty
-        monkeypatch.setattr(torch, "empty", lambda *size, pin_memory: plain(*size))
+        monkeypatch.setattr(torch, "empty", lambda *size, dtype, pin_memory: plain(*size, dtype=dtype))
     monkeypatch.setattr(OnDevice, "on_their_way", [])
     return OnDevice.on_their_way
 
@@ -695,3 +695,50 @@ def test_a_forked_worker_writes_nothing(open_run, run_dir):
     obs.step(3, loss=3.0)
     obs.finish()
     assert [r["step"] for r in records(run_dir, "train")] == [1, 3]
+
+
+def test_a_rate_on_the_device_that_two_steps_share_comes_to_both(open_run, run_dir, copies):
+    weight = torch.nn.Parameter(torch.ones(1))
+    opt = torch.optim.SGD([weight], lr=0.1)
+    open_run(drain_interval=60)
+    obs.watch(optimizer=opt)
+    for number in range(1, 9):
+        opt.param_groups[0]["lr"] = on_device(number / 8)
+        weight.grad = None  # the step moves nothing: its hook is what counts
+        opt.step()
+        obs.step(loss=on_device(float(number)))
+        obs.step(loss=on_device(number + 0.5))
+        while copies:
+            copies.pop(0)()
+    obs.finish()
+    got = [(r["metrics"]["loss/train"], r["metrics"]["lr"]) for r in records(run_dir, "train")]
+    assert got == [(n + half, n / 8) for n in range(1, 9) for half in (0, 0.5)]
+
+
+def test_a_value_on_the_device_is_right_whatever_the_default_dtype_is(open_run, run_dir, copies):
+    torch.set_default_dtype(torch.float64)
+    try:
+        open_run(drain_interval=60)
+        obs.PendingValue._free.clear()
+        obs.step(loss=on_device(0.1))
+        copies.pop()()
+        obs.finish()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert records(run_dir, "train")[0]["metrics"]["loss/train"] == pytest.approx(0.1, rel=1e-6)
+
+
+def test_a_validation_that_is_no_number_is_not_taken_for_the_next_one(open_run, run_dir):
+    open_run()
+    obs.step(1, loss=1.0)
+    obs.validation("none yet")
+    obs.step(2, loss=1.0)
+    obs.validation(0.5, accuracy=0.75)
+    obs.validation([], top5=0.9)
+    obs.finish()
+    results = read_json(run_dir / "results.json")
+    assert (results["best_val_loss"], results["best_val_step"]) == (0.5, 2)
+    assert [r["metrics"] for r in records(run_dir, "eval")] == [
+        {"loss/val_step": 0.5, "accuracy/val": 0.75},
+        {"top5/val": 0.9},
+    ]
