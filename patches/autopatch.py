@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tokenize
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 __all__ = ["Insertion", "PatchError", "Plan", "Script", "patch", "plan", "reverse"]
 
 MARK = "# observability"
+COLUMNS = 100  # of an added line at most
 PARTS = ("log", "validation", "resume")
 # Each kind of line and the part that it belongs to. Between the same two lines of the original,
 # what is added stands in this order.
@@ -1191,8 +1192,8 @@ class NestPatcher:
                 several = f"[{', '.join(unique)}]"
                 args.append(f"{key}={several if len(unique) > 1 else unique[0]}")
         sure = "sure" if self.models and optimizers else "likely"
-        if args:
-            self.add(self.start, "watch", f"{self.obs}.watch({', '.join(args)})", sure)
+        for code in self.in_columns(self.start, args, self._watching):
+            self.add(self.start, "watch", code, sure)
         if not self.models:
             self.refuse(self.outer, "no model was found that is bound before this loop")
         if self.optimizers and not optimizers:
@@ -1271,11 +1272,31 @@ class NestPatcher:
         if not isinstance(owner, LOOPS) and not unended:
             self.add(spot, "finish", f"{self.obs}.finish()")
 
+    def _watching(self, some: Sequence[str]) -> str:
+        return f"{self.obs}.watch({', '.join(some)})"
+
+    def in_columns(
+        self, spot: Spot, parts: Sequence[str], call: Callable[[Sequence[str]], str]
+    ) -> list[str]:
+        """Calls of ours that hold all the parts, as few as fit the width of a line."""
+        codes: list[str] = []
+        some: list[str] = []
+        for part in parts:
+            if some and not self.fits(spot, call([*some, part])):
+                codes.append(call(some))
+                some = []
+            some.append(part)
+        return [*codes, call(some)] if some else codes
+
+    def fits(self, spot: Spot, code: str) -> bool:
+        indent = self.script.indent_of(spot.block) or ""
+        return len(f"{indent.expandtabs(4)}{code}  {MARK}") <= COLUMNS
+
     # -- the step
     def _steps(self, carry: dict[str, str]) -> None:
         for spot, test, last in self.spots.found:
-            code = self._step_call(spot, carry, last if self.out.parts["resume"] == "yes" else "")
-            code, sure = (f"if {test}: {code}", "likely") if test else (code, "sure")
+            last = last if self.out.parts["resume"] == "yes" else ""
+            code, sure = self._step_call(spot, carry, test, last), "likely" if test else "sure"
             if self.add(spot, "step", code, sure):
                 self.out.parts["log"] = "yes"
         for update in self.nest.updates:
@@ -1294,27 +1315,35 @@ class NestPatcher:
                 "no room for obs.step in this loop (its body is on the line of its header)",
             )
 
-    def _step_call(self, spot: Spot, carry: dict[str, str], last: str) -> str:
+    def _step_call(self, spot: Spot, carry: dict[str, str], test: str, last: str) -> str:
         bound = self.script.bound(spot)
-        args = [*self._counter(bound), *self._losses_at(spot), *Batch(self, bound).amount()]
-        kept = [f'"{key}": {name}' for key, name in carry.items() if name in bound]
-        for name in carry.values():
+        *others, loss = self._losses_at(spot) or [""]
+        needed = [*self._counter(bound), *filter(None, [loss])]
+        # A plain name is read off this function itself, or off the one that calls it.
+        unseen = {key: name for key, name in carry.items() if key != name}
+        kept = [f'"{key}": {name}' for key, name in unseen.items() if name in bound]
+        for name in unseen.values():
             if name not in bound:
                 self.out.note(
                     self.inner, f"{name} may be unbound at the end of an iteration; not carried"
                 )
-        if kept:
-            args.append(f"carry={{{', '.join(kept)}}}")
-        if last:
-            args.append(f"last={last}")
-        return f"{self.obs}.step({', '.join(args)})"
+        ends = [
+            *([f"carry={{{', '.join(kept)}}}"] if kept else []),
+            *([f"last={last}"] * bool(last)),
+        ]
+        guard, amount = f"if {test}: " if test else "", batch_of(self, bound)
+        codes = [
+            f"{guard}{self.obs}.step({', '.join([*needed, *more, *ends])})"
+            for more in ([*others, *amount], others, amount, [])
+        ]
+        return next((code for code in codes if self.fits(spot, code)), codes[-1])
 
     def _losses_at(self, spot: Spot) -> list[str]:
         usable = [loss for loss in self.losses.found if self._usable(loss, spot)]
         keys = {key_of(loss.name): self._as_number(loss) for loss in usable[:-1]}
-        args = [f"loss={self._as_number(loss)}" for loss in usable[-1:]]
-        taken = {"step", "loss", "tokens", "samples", "carry"}
-        return args + [f"{key}={code}" for key, code in keys.items() if key not in taken]
+        taken = {"step", "loss", "batch", "batches", "tokens", "samples", "carry", "last"}
+        others = [f"{key}={code}" for key, code in keys.items() if key not in taken]
+        return others + [f"loss={self._as_number(loss)}" for loss in usable[-1:]]
 
     def _usable(self, loss: Loss, spot: Spot) -> bool:
         root, why = loss.name.partition("[")[0], ""
@@ -1330,9 +1359,9 @@ class NestPatcher:
         return not why
 
     def _as_number(self, loss: Loss) -> str:
-        """`loss = loss.item()` after the backward: a number has no `.detach()`."""
+        """`loss = loss.item()` after the backward: a number has no `.mean()`."""
         if self._bound_again(loss.name, loss.call.lineno):
-            return re.sub(r"\.detach\(\)(\.\w+\(\))?", "", loss.code)
+            return re.sub(r"\.\w+\(\)", "", loss.code)
         return loss.code
 
     def _bound_again(self, name: str, after: int, before: int = sys.maxsize) -> list[Binding]:
@@ -1615,7 +1644,7 @@ class Losses:
             for side in sides:
                 yield from self._named(side, call)
         elif method in {"mean", "sum"} and LOSS_NAME.search(last(receiver)):
-            yield Loss(receiver, f"{receiver}.detach().{method}()", call)
+            yield Loss(receiver, f"{receiver}.{method}()", call)
         elif method == "scale" and isinstance(expr, ast.Call) and expr.args:
             yield from self._named(expr.args[0], call)
 
@@ -1635,7 +1664,7 @@ class Losses:
             ):
                 divisor = value.right
             if dotted(divisor) and re.search(r"accum|micro|grad", dotted(divisor)):
-                return f"{name}.detach() * {dotted(divisor)}"
+                return f"{name} * {dotted(divisor)}"
         return name
 
     def _returned(self) -> Iterator[Loss]:
@@ -1682,125 +1711,45 @@ def propagated(call: ast.Call, roles: Roles) -> ast.expr | None:
 
 
 # --- The batch -------------------------------------------------------------------------------
-LANGUAGE = re.compile(r"block_size|seq_len|vocab|bptt|context_len|n_ctx|tokenizer|token", re.I)
 NOT_BATCH = re.compile(
     r"\.|loss|^(?:[ijk_]|it|idx|step|epoch|logits)$|^(?:out|pred|hid|batch_i|iter)"
 )
-# Only what a numpy array or a batch object of a library has not.
-TENSOR_METHODS = re.compile(r"^(?:float|long|unsqueeze|numel|permute|contiguous|pin_memory|size)$")
-TENSOR_MAKERS = re.compile(
-    r"^torch\.(?:stack|randn?|randint|tensor|from_numpy|zeros|ones|cat|arange|as_tensor|empty|"
-    r"normal|linspace|(?:Long|Float)Tensor)$"
-)
-TAKES_TENSORS = re.compile(
-    r"^(?:torch|F)\.(?!.*\butils\.)(?:\w+\.)*"
-    r"(?!tensor|as_tensor|from_numpy|device|manual_seed|load|save|no_grad)[a-z]\w*$"
-)
 
 
-class Batch:
-    """How many tokens or samples a step took, where that can be read off."""
-
-    def __init__(self, nest: NestPatcher, bound: Names) -> None:
-        self.n, self.script, self.bound = nest, nest.script, bound
-
-    def amount(self) -> list[str]:
-        for name in self._candidates():
-            if name in self.bound and self._is_tensor(name):
-                if LANGUAGE.search(self.script.source):
-                    return [f"tokens={name}.numel(){self._times()}"]
-                return [f"samples={name}.size(0){self._times()}"]
+def batch_of(n: NestPatcher, bound: Names) -> list[str]:
+    """What the iteration trained on, whose shape the run reads; not where it saw only a part."""
+    if n.spots.conditions and n.out.parts["resume"] != "yes":  # no skip line counts the batches
         return []
+    name = next((name for name in batch_names(n.inner) if name in bound), "")
+    if not name:
+        return []
+    count = micro_batches(n)
+    return [f"batch={name}", *([f"batches={count}"] if count else [])]
 
-    def _candidates(self) -> list[str]:
-        """What the loop gives, and what its body takes out of a tuple."""
-        loop = self.n.inner
-        names = [] if isinstance(loop, ast.While) or is_range(loop.iter) else targets(loop)
-        for node in own_all(loop.body):
-            if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Call, ast.Tuple)):
-                names += [
-                    name for t in node.targets if isinstance(t, ast.Tuple) for name in names_in(t)
-                ]
-        return [name for name in names if not NOT_BATCH.search(name)]
 
-    def _is_tensor(self, name: str) -> bool:
-        """Certain only by use: a tensor's own method is called, torch takes it, torch made it."""
-        scope = self.n.scope if name in locals_of(self.n.scope) else self.script.tree
-        made = [b for b in self.script.bindings.get(name, []) if b.scope is scope]
-        if any(re.search(r"numpy|tolist|item\(\)|\bnp\.", ast.unparse(b.value)) for b in made):
-            return False
-        return any(self._used_as_tensor(node, name) for node in own_all(self.n.scope.body)) or any(
-            self._gives_tensor(b.value, b.index, scope, 3) for b in made
-        )
+def batch_names(loop: Loop) -> list[str]:
+    """What the loop gives, and what its body takes out of a tuple."""
+    names = [] if isinstance(loop, ast.While) or is_range(loop.iter) else targets(loop)
+    if isinstance(loop, FORS) and called(loop.iter) == "enumerate":
+        names = names[1:]
+    for node in own_all(loop.body):
+        if not isinstance(node, ast.Assign) or called(node.value) in {"step", "reset"}:
+            continue  # of an environment
+        if isinstance(node.value, (ast.Call, ast.Tuple)):
+            tuples = [target for target in node.targets if isinstance(target, ast.Tuple)]
+            names += [name for target in tuples for name in names_in(target)]
+    return [name for name in names if not NOT_BATCH.search(name)]
 
-    def _used_as_tensor(self, node: ast.AST, name: str) -> bool:
-        receiver, method = method_call(node)
-        if receiver == name:  # an element of a batch tuple that is moved to a device is one
-            return bool(TENSOR_METHODS.match(method)) or (
-                method in {"to", "cuda"} and name in self._elements()
-            )
-        given = (
-            [
-                method_call(arg)[0] or dotted(arg)
-                for arg in getattr(node, "args", [])
-                if isinstance(arg, (ast.Name, ast.Call))
-            ]
-            if isinstance(node, ast.Call)
-            else []
-        )
-        return name in given and bool(TAKES_TENSORS.match(self.script.resolve(node.func)))  # type: ignore[attr-defined]
 
-    def _elements(self) -> list[str]:
-        """`x` and `y` of `for x, y in loader` and `for i, (x, y) in enumerate(loader)`."""
-        loop = self.n.inner
-        if isinstance(loop, ast.While):
-            return []
-        counted = isinstance(loop.iter, ast.Call) and dotted(loop.iter.func) == "enumerate"
-        return [
-            dotted(element)
-            for part in walk(loop.target)
-            if isinstance(part, ast.Tuple) and not (counted and part is loop.target)
-            for element in part.elts
-        ]
-
-    def _gives_tensor(
-        self, expr: ast.expr | None, index: int | None, scope: Scope, depth: int
-    ) -> bool:
-        """Whether torch made this value, also through a slice or a function of this file."""
-        if isinstance(expr, ast.Name):
-            return depth > 0 and any(
-                self._gives_tensor(b.value, b.index, scope, depth - 1)
-                for b in self.script.bindings.get(expr.id, [])
-                if b.scope in (scope, self.script.tree)
-            )
-        if isinstance(expr, ast.Subscript):
-            cut = any(isinstance(node, ast.Slice) for node in walk(expr.slice))
-            return cut and self._gives_tensor(expr.value, None, scope, depth)
-        if not isinstance(expr, ast.Call):
-            return False
-        if isinstance(expr.func, ast.Attribute) and expr.func.attr in {"to", "cuda"}:
-            return self._gives_tensor(expr.func.value, None, scope, depth)
-        helper = self.script.definition(expr)
-        return bool(TENSOR_MAKERS.match(self.script.resolve(expr.func))) or bool(
-            helper and self._gives_tensor(returned(helper, index), None, helper, depth - 1)
-        )
-
-    def _times(self) -> str:
-        """` * n` when n batches make one step."""
-        counts: list[ast.expr] = []
-        for call, _ in self.n.losses.propagated():
-            loops = self.script.loops_around(call)
-            for loop in loops[: loops.index(self.n.inner)]:
-                if isinstance(loop, ast.For) and called(loop.iter) == "range":
-                    counts += loop.iter.args[-1:]  # type: ignore[attr-defined]
-        counts += [
-            n.right
-            for test, _ in self.n.spots.conditions
-            for n in walk(test.test)
-            if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Mod)
-        ]
-        count = ast.unparse(counts[-1]) if counts else "1"
-        return f" * {count}" if re.fullmatch(r"[\w.]+", count) and count != "1" else ""
+def micro_batches(n: NestPatcher) -> str:
+    """`accumulation_steps`, where an inner `for _ in range(…)` back-propagates so often a step."""
+    counts: list[str] = []
+    for call, _ in n.losses.propagated():
+        loops = n.script.loops_around(call)
+        for loop in loops[: loops.index(n.inner)]:
+            if isinstance(loop, ast.For) and called(loop.iter) == "range":
+                counts += map(ast.unparse, loop.iter.args[-1:])  # type: ignore[attr-defined]
+    return next((count for count in counts if re.fullmatch(r"[\w.]+", count)), "")
 
 
 def returned(helper: Function, index: int | None) -> ast.expr | None:
@@ -1987,10 +1936,12 @@ class Carried:
 
     def _resume(self, spot: Spot, defaults: dict[str, str]) -> dict[str, str]:
         keys = {self._key(name): name for name in defaults}
-        given = ", ".join(f"{key}={defaults[name]}" for key, name in keys.items())
-        if keys:
-            code = f"{', '.join(keys.values())} = {self.n.obs}.resume({given})"
-            self.lines.append((spot, code))
+
+        def call(some: Sequence[str]) -> str:
+            given = ", ".join(f"{key}={defaults[keys[key]]}" for key in some)
+            return f"{', '.join(keys[key] for key in some)} = {self.n.obs}.resume({given})"
+
+        self.lines += [(spot, code) for code in self.n.in_columns(spot, [*keys], call)]
         return keys
 
     def _key(self, name: str) -> str:

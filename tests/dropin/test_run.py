@@ -599,7 +599,9 @@ def copies(monkeypatch):
     """What is on its way from the stand-in of a device; a call makes it arrive."""
     if not torch.cuda.is_available():  # nor can memory be pinned
         plain = torch.empty
-        monkeypatch.setattr(torch, "empty", lambda *size, dtype, pin_memory: plain(*size, dtype=dtype))
+        monkeypatch.setattr(
+            torch, "empty", lambda *size, dtype, pin_memory: plain(*size, dtype=dtype)
+        )
     monkeypatch.setattr(OnDevice, "on_their_way", [])
     return OnDevice.on_their_way
 

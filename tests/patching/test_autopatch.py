@@ -22,17 +22,12 @@ TOOL = TESTS.parent / "patches" / "autopatch.py"
 # What must be found: is the step logged, the evaluation recorded, a resume offered; and the
 # arguments that the step line must hold. "none seen": the script evaluates nothing.
 GOLDEN = {
-    "accelerator": ("yes", "yes", "yes", "completed_steps, loss=loss.detach() * accumulation"),
-    "accumulation_remainder": (
-        "yes",
-        "none seen",
-        "yes",
-        "loss=loss.detach() * args.accumulation_steps",
-    ),
+    "accelerator": ("yes", "yes", "yes", "completed_steps, loss=loss * accumulation"),
+    "accumulation_remainder": ("yes", "none seen", "yes", "loss=loss * args.accumulation_steps"),
     "amp_flag": ("yes", "none seen", "yes", "loss=loss"),
     "bptt_manual_sgd": ("yes", "yes", "yes", "loss=loss"),
-    "counted_in_tokens": ("yes", "none seen", "no", "loss=loss, tokens=y.numel()"),
-    "epoch_function": ("yes", "yes", "yes", "loss=loss, samples=data.size(0)"),
+    "counted_in_tokens": ("yes", "none seen", "no", "loss=loss, batch=batch"),
+    "epoch_function": ("yes", "yes", "yes", "loss=loss, batch=data"),
     "fabric": ("yes", "yes", "yes", "iter_num, loss=loss"),
     "full_batch_globals": ("yes", "yes", "yes", "epoch"),
     "gan": ("yes", "none seen", "yes", "loss=errG, errD_real=errD_real, errD_fake=errD_fake"),
@@ -40,29 +35,24 @@ GOLDEN = {
     "inline_eval": ("yes", "yes", "yes", "loss=loss"),
     "layerwise": ("yes", "none seen", "no", "i, loss=loss"),
     "lbfgs": ("yes", "yes", "yes", "i"),
-    "loss_scaler": ("yes", "none seen", "yes", "loss=loss, samples=samples.size(0)"),
-    "micro_steps": ("yes", "yes", "yes", "step, loss=loss.detach() * grad_accum_steps"),
+    "loss_scaler": ("yes", "none seen", "yes", "loss=loss, batch=samples"),
+    "micro_steps": ("yes", "yes", "yes", "step, loss=loss * grad_accum_steps"),
     "nameless_loss": ("yes", "none seen", "yes", "step"),
     "nested_main": ("yes", "yes", "yes", "step, loss=loss"),
     "optim_shadowed": ("yes", "none seen", "yes", "total_steps, loss=loss"),
     "optimizer_branches": ("yes", "none seen", "yes", "loss=loss"),
     "optimizer_remade": ("yes", "none seen", "no", "epoch, loss=loss"),
-    "own_checkpoint": ("yes", "yes", "yes", "loss=loss, samples=images.size(0)"),
-    "phases": ("yes", "yes", "yes", "loss=loss, samples=inputs.size(0)"),
+    "own_checkpoint": ("yes", "yes", "yes", "loss=loss, batch=images"),
+    "phases": ("yes", "yes", "yes", "loss=loss, batch=inputs"),
     "reinforce": ("yes", "none seen", "no", "i_episode"),
     "several_processes": ("yes", "none seen", "no", "loss=loss"),
-    "sharpness_aware": ("yes", "none seen", "yes", "loss=loss.detach().mean()"),
+    "sharpness_aware": ("yes", "none seen", "yes", "loss=loss.mean()"),
     "trainer_class": ("yes", "none seen", "no", "self.iter_num, loss=self.loss"),
-    "trainer_epochs": ("yes", "yes", "yes", "loss=loss, samples=inputs.size(0)"),
+    "trainer_epochs": ("yes", "yes", "yes", "loss=loss"),
     "traps": ("yes", "none seen", "yes", "loss=loss"),
     "tuple_factory": ("yes", "yes", "yes", "loss=loss"),
-    "while_true": (
-        "yes",
-        "yes",
-        "yes",
-        "iter_num, loss=loss.detach() * gradient_accumulation_steps",
-    ),
-    "wrapped_optimizer": ("yes", "yes", "no", "loss=loss, tokens=trg.numel()"),
+    "while_true": ("yes", "yes", "yes", "iter_num, loss=loss * gradient_accumulation_steps"),
+    "wrapped_optimizer": ("yes", "yes", "no", "loss=loss, batch=src"),
 }
 
 
@@ -167,7 +157,7 @@ def test_reference_shape_gets_exactly_these_call_sites(script):
         "if obs.skip_epoch(epoch): continue",
         "if obs.skip_batch(): continue",
         "obs.validation(val_loss)",
-        'obs.step(step, loss=loss, samples=yb.size(0), carry={"step": step, "ptr": ptr})',
+        "obs.step(step, loss=loss, batch=xb)",
         "obs.finish()",
     ]
 
@@ -228,19 +218,17 @@ for x, y in batches:
 @pytest.mark.parametrize(
     ("before", "after", "expected"),
     [
-        ("pass", "pass", "obs.step(loss=loss, samples=y.size(0))"),
-        ("y = y.numpy()", "pass", "obs.step(loss=loss)"),
-        ("print(x.shape)", "del y", "obs.step(loss=loss, samples=y.size(0))"),
-        ("x.float()", "pass", "obs.step(loss=loss, samples=x.size(0))"),
-        ("loss = loss / grad_accum", "pass", "obs.step(loss=loss.detach() * grad_accum, samples"),
+        ("pass", "pass", "obs.step(loss=loss, batch=x)"),
+        ("y = y.numpy()", "pass", "obs.step(loss=loss, batch=x)"),
+        ("pass", "del x; print(y)", "obs.step(loss=loss, batch=y)"),
+        ("loss = loss / grad_accum", "pass", "obs.step(loss=loss * grad_accum, batch"),
         (
             "loss = loss / grad_accum",
             "loss = loss.item()",
-            "obs.step(loss=loss * grad_accum, samples",
+            "obs.step(loss=loss * grad_accum, batch",
         ),
-        ("pass", "loss = other(x)", "obs.step(samples=y.size(0))"),
-        ("pass", "del loss, x; print(y)", "obs.step(samples=y.size(0))"),
-        ("vocab = 3", "pass", "obs.step(loss=loss, tokens=y.numel())"),
+        ("pass", "loss = other(x)", "obs.step(batch=x)"),
+        ("pass", "del loss, x; print(y)", "obs.step(batch=y)"),
     ],
 )
 def test_step_uses_only_values_that_are_sure(before, after, expected):
@@ -667,9 +655,9 @@ def test_backup_never_overwrites_another(script):
 @pytest.mark.parametrize(
     ("only", "present", "absent"),
     [
-        ("log", ["obs.step(step, loss=loss"], ["skip_", "resume(", "validation(", "carry="]),
+        ("log", ["obs.step(step, loss=loss"], ["skip_", "resume(", "validation("]),
         ("validation", ["obs.validation("], ["skip_", "resume("]),
-        ("log,resume", ["skip_epoch", "resume(", "carry="], ["validation("]),
+        ("log,resume", ["skip_epoch", "resume("], ["validation("]),
     ],
 )
 def test_only_chooses_how_deep(script, only, present, absent):
