@@ -415,12 +415,14 @@ class Script:
         ]
 
     def definition(self, call: ast.Call) -> Function | None:
-        return next(
-            (f for f in self.functions if f.name == called(call) and self._calls(call, f)), None
-        )
+        return next((f for f in self.functions if self._calls(call, f)), None)
 
     def _calls(self, call: ast.Call, function: Function) -> bool:
         owner, func = self.class_of(function), call.func
+        if owner is not None and function.name == "__call__":
+            return owner.name in map(called, self.made(dotted(func)))
+        if owner is None and isinstance(func, ast.Name) and func.id != function.name:
+            return any(self._wraps(maker, function.name) for maker in self.made(func.id))
         if owner is None or not isinstance(func, ast.Attribute):
             return owner is None and isinstance(func, ast.Name) and func.id == function.name
         if func.attr != function.name:
@@ -429,6 +431,12 @@ class Script:
             scope = self.scope_of(call)
             return owner in (self.class_of(scope), self.class_of(self.scope_of(scope)))
         return owner.name in map(called, [func.value, *self.made(dotted(func.value))])
+
+    @staticmethod
+    def _wraps(maker: ast.Call, name: str) -> bool:
+        """`torch.compile(train_step)`, `partial(train_step, model)`."""
+        makes = called(maker) in {"compile", "partial", "script", "jit", "checkpoint"}
+        return makes and bool(maker.args) and dotted(maker.args[0]) == name
 
     def bound(self, spot: Spot) -> Names:
         """The names that are certainly bound at a spot."""
@@ -694,9 +702,13 @@ METRIC_NAME = re.compile(
 )
 HELD_OUT = re.compile(r"val|test|eval|dev|held", re.I)
 HELD_OUT_LOSS = re.compile(
-    r"(?:^|_)(?:val|valid|validation|test|eval|dev|heldout)(?:_\w+)?_?loss$|"
-    r"loss_?(?:test|valid|validation|eval|dev)$",
+    r"(?:^|_)(?:val?|vl|valid|validation|te|test|eval|dev|heldout)(?:_\w+)?_?loss"
+    r"(?:_(?:accum|avg|mean|total|sum|epoch))?$|loss_?(?:val|test|valid|validation|eval|dev)$",
     re.I,
+)
+OF_TRAINING = re.compile(r"(?:^|_)(?:tr|trn|train|training)(?:_|loader|set|dl|\d|$)", re.I)
+AVERAGE_NAME = re.compile(
+    r"(?:^|_)(?:ema|swa|avg_model|model_avg|averaged?|shadow)(?:_|\d|$)", re.I
 )
 NOT_A_VALUE = re.compile(r"best|min|prev|last|patience|list|history", re.I)
 ENGINE_NAME = re.compile(
@@ -1090,6 +1102,9 @@ class NestPatcher:
         self.outer = self.loops[0]
         self.outer_scope = self.script.scope_of(self.outer)
         self.start = self.script.home[self.outer]
+        # Another loop calls this one again and again: all of it is one run, that the exit ends.
+        whole = self.script.scope_of(nest.loops[0])
+        self.again = bool(nest.doubtful) or (self.loops != nest.loops and whole != self.outer_scope)
         self.at_start = self.script.bound(self.start)
         self.refusals: list[tuple[ast.AST, str]] = []
         self.models = self._visible_models()
@@ -1139,7 +1154,8 @@ class NestPatcher:
             args.append(f'"{getattr(self.outer_scope, "name", "line")}_{self.outer.lineno}"')
         if config := self._config():
             args.append(f"config={config}")
-        if not self.add(self.start, "init", f"{self.obs}.init({', '.join(args)})"):
+        once = f"if {self.obs}.current_run() is None: " if self.again else ""
+        if not self.add(self.start, "init", f"{once}{self.obs}.init({', '.join(args)})"):
             raise PatchError(f"{self.script.name}:{self.outer.lineno}: no room before the loop")
 
     def _config(self) -> str:
@@ -1177,6 +1193,8 @@ class NestPatcher:
         return ""
 
     def _watch(self) -> None:
+        if self.again:  # each call has an optimizer of its own, and the run would keep them all
+            return
         optimizers = self._visible_optimizers()
         scalers = [u.scaler for u in self.nest.updates if u.scaler in self.at_start]
         keywords = {
@@ -1236,7 +1254,19 @@ class NestPatcher:
             and name in self.at_start
             and not self.roles.optimizer(name)
         ]
-        return list(dict.fromkeys([*self._of_scope(found), *copied]))
+        return list(dict.fromkeys([*self._of_scope(found), *copied, *self._averages(found)]))
+
+    def _averages(self, models: list[str]) -> list[str]:
+        """`ema = copy.deepcopy(model)` that the loop goes on with."""
+        used = loads(own_set(self.outer))
+        return [
+            name
+            for name in self.script.bindings
+            if name in self.at_start and name in used and AVERAGE_NAME.search(last(name))
+            for call in self.script.made(name)
+            if called(call) in {"deepcopy", "AveragedModel"}
+            and any(dotted(part) in models for part in own_all(arguments(call)))
+        ]
 
     def _schedulers(self) -> list[str]:
         stepped = [
@@ -1263,13 +1293,13 @@ class NestPatcher:
     def _finish(self) -> None:
         """At the end of the block that holds the loop; at exit otherwise."""
         block, owner = self.start.block, self.script.parent[self.outer]
-        while isinstance(owner, WITHS):
+        while isinstance(owner, (*WITHS, ast.Try)):
             block, owner = self.script.home[owner].block, self.script.parent[owner]
         spot = Spot(block, len(block) - isinstance(block[-1], EXITS))
         line = self.script.line_of(spot) or 0
         # Behind a last line that does not end, the patch would change that line.
         unended = line > len(self.script.rows) and not ends_a_line(self.script.data)
-        if not isinstance(owner, LOOPS) and not unended:
+        if not isinstance(owner, LOOPS) and not unended and not self.again:
             self.add(spot, "finish", f"{self.obs}.finish()")
 
     def _watching(self, some: Sequence[str]) -> str:
@@ -1377,6 +1407,8 @@ class NestPatcher:
 
     def _counter(self, bound: Names) -> list[str]:
         """The script's own count of steps: one that goes up by 1 an iteration and never back."""
+        if self.again:
+            return []
         for node in own_all(self.inner.body):
             if isinstance(node, ast.AugAssign) and self._counts_steps(node):
                 name = dotted(node.target)
@@ -1455,8 +1487,10 @@ class StepSpots:
         self.found = self._find()
 
     def _find(self) -> list[StepSpot]:
+        if gate := self._gate():
+            return [StepSpot(self._end(self.loop.body), gate)]
         if not self.conditions:
-            return self._ends(self.loop.body, self.first)
+            return self._ends(self._case() or self.loop.body, self.first)
         outermost, (innermost, taken) = self.conditions[0][0], self.conditions[-1]
         place = Spot(self.loop.body, self.script.index_in(self.loop.body, outermost))
         rest = place.block[place.index :]
@@ -1479,6 +1513,30 @@ class StepSpots:
             if self.script.inside(site, innermost)
         )
         return [found._replace(last=found.last or later) for found in self._ends(branch, first)]
+
+    def _gate(self) -> str:
+        """`with accelerator.accumulate(model)`: it steps where the gradients are whole."""
+        for parent, _ in self.script.above(self.n.nest.sites[-1]):
+            for item in parent.items if isinstance(parent, WITHS) else []:
+                engine, method = method_call(item.context_expr)
+                if method == "accumulate" and engine:
+                    return f"{engine}.sync_gradients"
+        return ""
+
+    def _case(self) -> list[ast.stmt]:
+        """The body of the `case` that steps."""
+        for parent, _ in self.script.above(self.n.nest.sites[-1]):
+            if parent is self.loop:
+                break
+            if isinstance(parent, ast.match_case):
+                self.first = self.script.index_in(parent.body, self.n.nest.sites[-1])
+                return parent.body
+        return []
+
+    @property
+    def counts_all(self) -> bool:
+        """Each iteration makes a step of its own."""
+        return not (self.conditions or self._gate())
 
     def _breaks(self, rest: Sequence[ast.stmt]) -> str:
         """The test of a break in what follows the step line, in words."""
@@ -1602,6 +1660,7 @@ class Losses:
 
     def __init__(self, nest: NestPatcher) -> None:
         self.n, self.script, self.inner = nest, nest.script, own_set(nest.inner)
+        self._counts = modulos(nest.inner)
         named = [loss for call, expr in self.propagated() for loss in self._named(expr, call)]
         found: dict[str, Loss] = {}
         for loss in [*named, *self._returned()]:
@@ -1649,22 +1708,14 @@ class Losses:
             yield from self._named(expr.args[0], call)
 
     def _unscaled(self, name: str, call: ast.Call) -> str:
-        """Undo `loss = loss / accumulation` for the log."""
+        """`loss * K`, where it was divided by what a step accumulates."""
         for binding in self.script.bindings.get(name, []):
             stmt, value = binding.stmt, binding.value
-            if stmt not in self.inner or stmt.lineno > call.lineno:
-                continue
-            divisor: ast.expr | None = None
-            if isinstance(stmt, ast.AugAssign) and isinstance(stmt.op, ast.Div):
-                divisor = value
-            elif (
-                isinstance(value, ast.BinOp)
-                and isinstance(value.op, ast.Div)
-                and dotted(value.left) == name
-            ):
-                divisor = value.right
-            if dotted(divisor) and re.search(r"accum|micro|grad", dotted(divisor)):
-                return f"{name} * {dotted(divisor)}"
+            if stmt in self.inner and stmt.lineno <= call.lineno:
+                by_itself = isinstance(stmt, ast.AugAssign) and isinstance(stmt.op, ast.Div)
+                divisor = dotted(value if by_itself else divided_by(value))
+                if divisor and (ACCUMULATED.search(divisor) or divisor in self._counts):
+                    return f"{name} * {divisor}"
         return name
 
     def _returned(self) -> Iterator[Loss]:
@@ -1694,6 +1745,27 @@ class Losses:
         return False
 
 
+ACCUMULATED = re.compile(r"accum|micro|grad")
+
+
+def divided_by(value: ast.AST) -> ast.expr | None:
+    is_quotient = isinstance(value, ast.BinOp) and isinstance(value.op, ast.Div)
+    return value.right if is_quotient else None  # type: ignore[attr-defined]
+
+
+def modulos(loop: Loop) -> set[str]:
+    """`K` of `if (i + 1) % K == 0`, and of an inner `for _ in range(K)`."""
+    found = {
+        ast.unparse(part.right)
+        for node in own_all(loop.body)
+        for part in walk(node.test if isinstance(node, ast.If) else ast.Pass())
+        if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Mod)
+    }
+    inner = [node.iter for node in own_all(loop.body) if isinstance(node, FORS)]
+    ranges = [call for call in inner if isinstance(call, ast.Call) and called(call) == "range"]
+    return found | {ast.unparse(call.args[-1]) for call in ranges if call.args}
+
+
 def propagated(call: ast.Call, roles: Roles) -> ast.expr | None:
     """What a call back-propagates, in any of its spellings."""
     first = call.args[0] if call.args else None
@@ -1718,7 +1790,7 @@ NOT_BATCH = re.compile(
 
 def batch_of(n: NestPatcher, bound: Names) -> list[str]:
     """What the iteration trained on, whose shape the run reads; not where it saw only a part."""
-    if n.spots.conditions and n.out.parts["resume"] != "yes":  # no skip line counts the batches
+    if not n.spots.counts_all and n.out.parts["resume"] != "yes":  # no skip line counts the batches
         return []
     name = next((name for name in batch_names(n.inner) if name in bound), "")
     if not name:
@@ -2119,7 +2191,7 @@ class Evaluations:
     def _open_at(self, call: ast.Call) -> bool:
         """In the block that `finish` ends, or in one within it."""
         outer = self.script.parent[self.n.outer]
-        while isinstance(outer, (*WITHS, *LOOPS)):
+        while isinstance(outer, (*WITHS, *LOOPS, ast.Try)):
             outer = self.script.parent[outer]
         if not self.script.inside(call, outer):
             self.out.note(call, "this evaluation comes after the end of the run; not recorded")
@@ -2132,6 +2204,8 @@ class Evaluations:
     def _call(self, call: ast.Call) -> bool:
         stmt, helper = self.script.stmt_of(call), self.script.definition(call)
         names = targets(stmt) if isinstance(stmt, ast.Assign) and stmt.value is call else []
+        if names and self._is_another(call, names):
+            return self._scores(self.script.behind(stmt), names, call, "eval")
         value = self._entry(names, stmt) or self._loss_of(names, helper)
         if value:
             return self._record(self.script.behind(stmt), value, call)
@@ -2143,8 +2217,13 @@ class Evaluations:
         self.out.note(call, "an evaluation without a value that is a loss by name; not recorded")
         return False
 
+    def _is_another(self, call: ast.Call, names: list[str]) -> bool:
+        """Of the training data, of an average of the weights, or of a test behind the training."""
+        return of_other_data(call, names) or not self._in_nest(call)
+
     def _loss_of(self, names: list[str], helper: Function | None) -> str:
-        """The one of the assigned names that is a loss, by its name or by what is returned."""
+        """The one of the assigned names that is a loss: by its name, by what is returned, or as
+        the only one that is no score."""
         for index, name in enumerate(names):
             value = returned(helper, index if len(names) > 1 else None) if helper else None
             mapping = isinstance(value, (ast.Tuple, ast.Dict, ast.DictComp))
@@ -2155,7 +2234,8 @@ class Evaluations:
             )
             if by_return or LOSS_NAME.search(last(name)):
                 return name
-        return ""
+        rest = [name for name in names if not METRIC_NAME.search(last(name))]
+        return rest[0] if len(rest) == 1 and "." not in rest[0] and len(names) > 1 else ""
 
     def _entry(self, names: list[str], stmt: ast.stmt) -> str:
         """`losses["val"]` when the script itself reads it right after."""
@@ -2171,8 +2251,8 @@ class Evaluations:
     def _record(self, spot: Spot, value: str, where: ast.AST) -> bool:
         return self._line(spot, f"{self.n.obs}.validation({value})", where)
 
-    def _scores(self, spot: Spot, names: list[str], where: ast.AST) -> bool:
-        pairs = ", ".join(f'"val/{name}": {name}' for name in names)
+    def _scores(self, spot: Spot, names: list[str], where: ast.AST, group: str = "val") -> bool:
+        pairs = ", ".join(f'"{group}/{key_of(name)}": {name}' for name in names)
         return self._line(spot, f"{self.n.obs}.log({{{pairs}}})", where)
 
     def _line(self, spot: Spot, code: str, where: ast.AST) -> bool:
@@ -2183,8 +2263,11 @@ class Evaluations:
 
     def _within(self, helper: Function) -> bool:
         """Record inside the evaluating function, at its end."""
+        calls = self.script.callers(helper)
         if helper in self.n.p.validated:
             return True
+        if any(of_other_data(call, []) for call in calls):  # it prints the one as the other
+            return False
         block = helper.body
         while isinstance(block[-1], WITHS):
             block = block[-1].body
@@ -2195,8 +2278,11 @@ class Evaluations:
         meters = self._meters(helper, bound)
         scores = [n for n in worked_out(helper, METRIC_NAME, (ast.BinOp, ast.Name)) if n in bound]
         self.n.p.validated.add(helper)
+        if losses and not any(map(self._in_nest, calls)):
+            return self._scores(spot, losses[-1:], helper, "eval")
         if losses or meters:
-            return self._record(spot, losses[-1] if losses else meters[0], helper)
+            value = as_printed(losses[-1], block) if losses else meters[0]
+            return self._record(spot, value, helper)
         return bool(scores) and self._scores(spot, sorted(scores), helper)
 
     def _meters(self, helper: Function, bound: Names) -> list[str]:
@@ -2241,7 +2327,9 @@ class Evaluations:
                 break
             stmt = loop
         spot = self.script.behind(stmt)
-        return name in self.script.bound(spot) and self._record(spot, name, stmt)
+        if name not in self.script.bound(spot):
+            return False
+        return self._record(spot, as_printed(name, spot.block[spot.index :]), stmt)
 
     def _phases(self) -> bool:
         """`for phase in ["train", "val"]`: record the epoch's value of the second."""
@@ -2264,6 +2352,34 @@ class Evaluations:
                 code = f'if {phase} == "{words[0]}": {self.n.obs}.validation({name})'
                 return self._line(Spot(loop.body, index + 1), code, loop)
         return False
+
+
+def of_other_data(call: ast.Call, names: list[str]) -> bool:
+    """Of the training data, or by an average of the weights: not the validation of this model."""
+    given = [dotted(part) for part in own_all(arguments(call))]
+    words = [last(name) for name in [*names, *given] if name]
+    held_out = any(map(HELD_OUT.search, words))
+    return any(map(AVERAGE_NAME.search, words)) or (
+        any(map(OF_TRAINING.search, words)) and not held_out
+    )
+
+
+def arguments(call: ast.Call) -> list[ast.expr]:
+    return [*call.args, *(keyword.value for keyword in call.keywords)]
+
+
+def as_printed(name: str, stmts: Sequence[ast.stmt]) -> str:
+    """`total / len(loader)`, where a sum is divided only when it is shown."""
+    for node in own_all(stmts):
+        for part in walk(node) if called(node) in SHOWN else ():
+            count = divided_by(part)
+            is_name = dotted(count) or called(count) == "len"
+            if is_name and dotted(part.left) == name:  # type: ignore[attr-defined]
+                return ast.unparse(part)
+    return name
+
+
+SHOWN = {"print", "info", "log", "write", "format", "debug", "set_description", "set_postfix"}
 
 
 def worked_out(

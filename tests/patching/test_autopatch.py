@@ -33,7 +33,7 @@ GOLDEN = {
     "gan": ("yes", "none seen", "yes", "loss=errG, errD_real=errD_real, errD_fake=errD_fake"),
     "gan_critic": ("yes", "none seen", "yes", "step, loss=loss_G, loss_D=loss_D"),
     "inline_eval": ("yes", "yes", "yes", "loss=loss"),
-    "layerwise": ("yes", "none seen", "no", "i, loss=loss"),
+    "layerwise": ("yes", "none seen", "no", "loss=loss"),
     "lbfgs": ("yes", "yes", "yes", "i"),
     "loss_scaler": ("yes", "none seen", "yes", "loss=loss, batch=samples"),
     "micro_steps": ("yes", "yes", "yes", "step, loss=loss * grad_accum_steps"),
@@ -172,19 +172,14 @@ def test_evaluation_written_out_in_the_loop_is_known_by_its_name(name, recorded)
     assert (f"obs.validation({name})  # observability" in lines) is recorded
 
 
-@pytest.mark.parametrize(("indent", "recorded"), [("", False), ("    ", True)])
-def test_evaluation_behind_the_block_that_finish_ends_is_left_out_and_said(indent, recorded):
+@pytest.mark.parametrize(("block", "recorded"), [("try:", True), ("if True:", False)])
+def test_evaluation_behind_the_block_that_finish_ends_is_left_out_and_said(block, recorded):
     rows = LOOP.format(before="pass", after="pass").splitlines()
-    tried = [
-        "try:",
-        *(f"    {row}" for row in rows[3:]),
-        "    pass",
-        "except KeyboardInterrupt:",
-        "    pass",
-    ]
-    tried.insert(-2 if recorded else len(tried), f"{indent}test_loss = evaluate(w)")
-    result, found = patch("\n".join([*rows[:3], *tried, ""]).encode())
-    assert (b"obs.validation(test_loss)" in result) is recorded
+    rest = ["except KeyboardInterrupt:", "    pass"] if recorded else []
+    inside = [f"    {row}" for row in rows[3:]]
+    rows = [*rows[:3], block, *inside, *rest, "test_loss = evaluate(w)", ""]
+    result, found = patch("\n".join(rows).encode())
+    assert (b'obs.log({"eval/test_loss": test_loss})' in result) is recorded
     assert any("after the end of the run" in note.text for note in found.notes) is not recorded
 
 
