@@ -111,7 +111,7 @@ def test_patched_shape_compiles_and_reverses_byte_for_byte(path):
         if not row.rstrip().endswith(b"# observability")
     ]
     assert b"".join(kept) == data
-    assert len(added(result)) == len(found.insertions) > 3
+    assert len(added(result)) == len(found.insertions) >= 3
 
 
 @pytest.mark.parametrize("path", [p for p in SHAPES if p.stem in GOLDEN], ids=lambda p: p.stem)
