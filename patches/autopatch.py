@@ -21,14 +21,9 @@ from __future__ import annotations
 
 import argparse
 import ast
-import difflib
-import hashlib
 import io
 import json
-import os
 import re
-import shutil
-import subprocess
 import sys
 import tokenize
 import warnings
@@ -38,9 +33,35 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Insertion", "PatchError", "Plan", "Script", "patch", "plan", "reverse"]
+from files import apply, drop_backup, write
+from lines import (
+    MARK,
+    PatchError,
+    apply_pinned,
+    compiled,
+    ends_a_line,
+    is_marked,
+    marked_numbers,
+    parse_error,
+    pin,
+    reverse,
+    split_lines,
+    unified,
+    weave,
+)
 
-MARK = "# observability"
+__all__ = [
+    "Insertion",
+    "PatchError",
+    "Plan",
+    "Script",
+    "is_marked",
+    "patch",
+    "plan",
+    "reverse",
+    "split_lines",
+]
+
 COLUMNS = 100  # of an added line at most
 PARTS = ("log", "validation", "resume")
 # Each kind of line and the part that it belongs to. Between the same two lines of the original,
@@ -55,11 +76,6 @@ KINDS = {
     "step": "log",
     "finish": "log",
 }
-OURS = re.compile(
-    r"\s*(?:(?:from [\w.]+ )?import observability\b|"
-    r"(?:(?:if|for) .*|[\w.,\s]+ = )?\b(?:obs|observability)\.\w+\()"
-)
-
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Scope = ast.Module | ast.FunctionDef | ast.AsyncFunctionDef
 Loop = ast.For | ast.AsyncFor | ast.While
@@ -79,10 +95,6 @@ CHOICES: dict[type, tuple[str, ...]] = {
     ast.Tuple: ("elts",),
     ast.ListComp: ("elt",),
 }
-
-
-class PatchError(Exception):
-    """The script cannot be read, patched or written; nothing was changed."""
 
 
 class NothingToPatch(PatchError):
@@ -492,11 +504,6 @@ class Script:
             return line
         end = block[index - 1].end_lineno or 1
         return None if index < len(block) and first_line(block[index]) <= end else end + 1
-
-
-def split_lines(data: bytes) -> list[bytes]:
-    """Lines with their ends, cut where Python cuts them: \\n, \\r\\n or \\r, and nowhere else."""
-    return re.findall(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+\Z", data)
 
 
 def blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
@@ -1435,10 +1442,6 @@ class NestPatcher:
 
     def _branches(self, node: ast.AST) -> list[ast.AST]:
         return [n for n, _ in self.script.above(node) if isinstance(n, (ast.If, *LOOPS))]
-
-
-def ends_a_line(data: bytes) -> bool:
-    return data.endswith((b"\n", b"\r"))
 
 
 def key_of(expr: str) -> str:
@@ -2400,196 +2403,13 @@ def worked_out(
     return list(found)
 
 
-# --- Adding and removing lines ---------------------------------------------------------------
+# --- Adding the lines ------------------------------------------------------------------------
 def patched(script: Script, insertions: Sequence[Insertion]) -> bytes:
     """The script with the lines added; it compiles, and without them it is the original."""
-    encoding = script.encoding.removesuffix("-sig")
-    added: dict[int, list[bytes]] = {}
+    added: dict[int, list[str]] = {}
     for item in insertions:
-        text = f"{item.indent}{item.code}  {MARK}"
-        try:
-            added.setdefault(item.line, []).append(text.encode(encoding))
-        except UnicodeEncodeError as error:
-            raise PatchError(
-                f"{script.name}: {item.code!r} does not fit its encoding {encoding}"
-            ) from error
-    return _compiled(_woven(script.data, added, script.name), script.name)
-
-
-def _woven(data: bytes, added: dict[int, list[bytes]], name: str) -> bytes:
-    """The lines added, each before the line of its number; checked both ways."""
-    rows = split_lines(data)
-    end = re.search(rb"(?:\r?\n|\r)?\Z", rows[0] if rows else b"")
-    eol = (end and end[0]) or b"\n"
-    out: list[bytes] = []
-    for number, row in enumerate([*rows, b""], 1):
-        for text in added.get(number, []):
-            if out and not ends_a_line(out[-1]):  # `reverse` takes this end away again
-                out[-1] += eol
-                out.append(text)
-            else:
-                out.append(text + eol)
-        out.append(row)
-    result = b"".join(out)
-    if reverse(result) != data:
-        raise PatchError(
-            f"{name}: the patch could not be taken back byte for byte: a line of the "
-            f"script ends in {MARK!r}, or one of the patch does not end in it; "
-            f"nothing was written"
-        )
-    return result
-
-
-def _compiled(source: bytes, name: str) -> bytes:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            compile(source, name, "exec", dont_inherit=True)
-    except (SyntaxError, ValueError) as error:
-        raise PatchError(
-            f"{name}: the patched script would not compile ({error}); nothing was written"
-        ) from error
-    return source
-
-
-def reverse(data: bytes) -> bytes:
-    """The lines that do not end in the marker."""
-    rows = split_lines(data)
-    kept = [row for row in rows if not is_marked(row)]
-    if kept and is_marked(rows[-1]) and not ends_a_line(rows[-1]):
-        kept[-1] = kept[-1].rstrip(b"\r\n")
-    return b"".join(kept)
-
-
-def is_marked(row: bytes) -> bool:
-    return row.rstrip(b"\r\n").endswith(MARK.encode())
-
-
-def unified(before: bytes, after: bytes, name: str, context: int = 3) -> str:
-    old, new = ([row.decode("utf-8", "replace") for row in split_lines(d)] for d in (before, after))
-    lines = difflib.unified_diff(old, new, f"a/{name}", f"b/{name}", n=context)
-    return "".join(
-        line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in lines
-    )
-
-
-# --- Ready patches, pinned to one file -------------------------------------------------------
-def pin(before: bytes, after: bytes, name: str) -> str:
-    """A patch that holds added lines only, and the sha256 of the one file that it fits."""
-    diff = unified(before, after, name, context=0)
-    body = [re.sub(r"^(@@ .* @@).*", r"\1", line) for line in diff.splitlines()]
-    head = [
-        f"# target: {name}",
-        f"# sha256: {_digest(before)}",
-        f"# patched-sha256: {_digest(after)}",
-    ]
-    return "\n".join([*head, *body]) + "\n"
-
-
-def apply_pinned(data: bytes, patch: str, name: str) -> bytes:
-    """Apply an add-only patch to exactly the file that it was made for, and check it both ways."""
-    wanted = dict(re.findall(r"^# ([\w-]+): (\S+)", patch, re.M))
-    if "sha256" not in wanted:
-        raise PatchError("the patch does not say `# sha256: …` of the file that it fits")
-    if _digest(data) != wanted["sha256"]:
-        if _digest(reverse(data)) == wanted["sha256"]:
-            raise PatchError(f"{name}: already patched; --reverse gives the original back")
-        raise PatchError(
-            f"{name}: sha256 {_digest(data)[:12]}… is not the {wanted['sha256'][:12]}… that this "
-            f"patch was made for; run autopatch.py on the file instead"
-        )
-    result = _woven(data, _added_lines(patch), name)
-    if wanted.get("patched-sha256", _digest(result)) != _digest(result):
-        raise PatchError(f"{name}: the result is not what the patch promises; is it damaged?")
-    return _compiled(result, name)
-
-
-def _added_lines(patch: str) -> dict[int, list[bytes]]:
-    added: dict[int, list[bytes]] = {}
-    line = 0
-    for row in patch.splitlines():
-        if hunk := re.match(r"@@ -(\d+),0 \+\d+(?:,\d+)? @@", row):
-            line = int(hunk[1]) + 1
-        elif row.startswith("+") and not row.startswith("+++"):
-            added.setdefault(line, []).append(row[1:].encode())
-        elif row.startswith(("-", "@@", " ")) and not row.startswith("---"):
-            raise PatchError(
-                "this patch removes a line or needs lines of the script; only added "
-                "lines with no context are taken"
-            )
-    return added
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-# --- Files -----------------------------------------------------------------------------------
-def write(path: Path, data: bytes) -> None:
-    """Whole or not at all: beside the file, then over it; the mode is kept, a link is followed."""
-    path = path.resolve()
-    staging = path.with_name(f".{path.name}.autopatch-{os.getpid()}")
-    try:
-        staging.write_bytes(data)
-        shutil.copymode(path, staging)
-        os.replace(staging, path)
-    except OSError as error:
-        staging.unlink(missing_ok=True)
-        raise PatchError(f"cannot write {path}: {error.strerror}") from error
-
-
-def apply(path: Path, data: bytes, result: bytes) -> str:
-    """Write the patched script, keep the original beside it, and copy the drop-in to it."""
-    if state := uncommitted(path):
-        print(f"{path}: {state}; the backup has it", file=sys.stderr)
-    saved = backup(path, data)
-    write(path, result)
-    return f"backup in {saved.name}; {place_drop_in(path)}"
-
-
-def backup(path: Path, data: bytes) -> Path:
-    """`train.py.before-observability`, numbered if that name holds something else."""
-    place, count = path.with_name(f"{path.name}.before-observability"), 1
-    while place.exists() and place.read_bytes() != data:
-        count += 1
-        place = path.with_name(f"{path.name}.before-observability-{count}")
-    place.write_bytes(data)
-    return place
-
-
-def drop_backup(path: Path, data: bytes) -> None:
-    for place in path.parent.glob(f"{path.name}.before-observability*"):
-        if place.read_bytes() == data:
-            place.unlink()
-
-
-def uncommitted(path: Path) -> str:
-    """What git would lose if the file were overwritten; '' when committed, or outside of git."""
-    try:
-        done = subprocess.run(
-            ["git", "status", "--porcelain", "--", path.name],
-            timeout=10,
-            cwd=path.resolve().parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    if done.stdout.startswith("??"):
-        return "not in git yet"
-    return "has uncommitted changes" if done.stdout.strip() else ""
-
-
-def place_drop_in(path: Path) -> str:
-    source = Path(__file__).resolve().parent.parent / "mainrun" / "observability.py"
-    goal = path.resolve().parent / "observability.py"
-    if goal.exists():
-        return f"{goal.name} is already beside it"
-    if not source.exists():
-        return f"copy observability.py beside it yourself: it is not at {source}"
-    shutil.copyfile(source, goal)
-    return f"copied {goal.name} beside it"
+        added.setdefault(item.line, []).append(f"{item.indent}{item.code}  {MARK}")
+    return compiled(weave(script.data, added, script.name), script.name)
 
 
 # --- Command line ----------------------------------------------------------------------------
@@ -2648,8 +2468,8 @@ def _run(options: argparse.Namespace, path: Path) -> None:
     elif options.patch:
         result = apply_pinned(data, options.patch.read_text(encoding="utf-8"), path.name)
         print(f"{path}: patched from {options.patch.name}; {apply(path, data, result)}")
-    elif reverse(data) != data:
-        _already_patched(options, path, data)
+    elif marked := marked_numbers(data, path.name):
+        _already_patched(options, path, data, len(marked))
     else:
         result, found = patch(data, path.name, options.only)
         _show(options, path, data, result, found)
@@ -2672,29 +2492,25 @@ def _show(options: argparse.Namespace, path: Path, data: bytes, result: bytes, f
 
 
 def _reverse(path: Path, data: bytes) -> None:
-    original = reverse(data)
+    original = reverse(data, path.name)
     if original == data:
         print(f"{path}: nothing to take out")
         return
+    if (why := parse_error(original)) and not parse_error(data):
+        raise PatchError(
+            f"{path}: without its marked lines it would not be Python ({why}): a block holds "
+            f"nothing but a marked line; the file is as it was"
+        )
     write(path, original)
     drop_backup(path, original)
     print(f"{path}: {len(split_lines(data)) - len(split_lines(original))} lines taken out")
 
 
-def _already_patched(options: argparse.Namespace, path: Path, data: bytes) -> None:
+def _already_patched(options: argparse.Namespace, path: Path, data: bytes, count: int) -> None:
     if options.pin:  # lines that were added or changed by hand
-        print(pin(reverse(data), data, path.name), end="")
+        print(pin(reverse(data, path.name), data, path.name), end="")
         return
-    marked = [(i, row) for i, row in enumerate(split_lines(data), 1) if is_marked(row)]
-    for line, row in marked:
-        if not OURS.match(row.decode("utf-8", "replace")):
-            raise PatchError(
-                f"{path}:{line}: this line ends in {MARK!r} but is not one of ours; "
-                f"change its ending first"
-            )
-    print(
-        f"{path}: already patched ({len(marked)} lines); --reverse takes them out", file=sys.stderr
-    )
+    print(f"{path}: already patched ({count} lines); --reverse takes them out", file=sys.stderr)
 
 
 def describe(found: Plan, name: str) -> str:

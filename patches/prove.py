@@ -35,7 +35,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from recorder import MARK, UNREADABLE, Entry, Job
+from lines import PatchError, marked_numbers, reverse, split_lines
+from recorder import UNREADABLE, Entry, Job
 
 __all__ = ["Options", "Unanswered", "main", "prove"]
 
@@ -208,11 +209,12 @@ def times(run: Recording) -> tuple[float, ...]:
 
 def prove_resume(bench: Bench, original: Recording, verdict: str) -> dict[str, Any]:
     """Kill the patched script again and again, beside an uninterrupted run that saves as it."""
-    added = b"".join(line for line in bench.patched.splitlines() if marked(line))
-    if b".resume(" not in added and b".skip_epoch(" not in added:
-        return {"verdict": "unanswered", "why": "the patch never calls resume() or skip_epoch()"}
     if verdict != "identical":
         return {"verdict": "unanswered", "why": f"without a kill the verdict is: {verdict}"}
+    rows = split_lines(bench.patched)
+    added = b"".join(rows[number - 1] for number in marked_numbers(bench.patched))
+    if b".resume(" not in added and b".skip_epoch(" not in added:
+        return {"verdict": "unanswered", "why": "the patch never calls resume() or skip_epoch()"}
     draw = random.Random(bench.options.seed)
     env = {"OBS_RESUME": "auto", "SAVE_INTERVAL": str(draw.choice((1, 2, 3)))}
     whole = bench.run("saving", bench.patched, marks=True, env=env)
@@ -302,9 +304,9 @@ class Bench:
             self.script = work / "copy" / options.script.resolve().relative_to(self.root)
             start = (options.start or self.root).resolve().relative_to(self.root)
             self.start = work / "copy" / start
-            self.original = b"".join(line for line in given.splitlines(True) if not marked(line))
+            self.original = reverse(given, options.script.name)
             self.patched = options.patched.read_bytes() if options.patched else given
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, PatchError) as error:
             raise Unanswered(f"cannot read the script: {error}") from error
         if self.patched == self.original:
             self.patched = self._patch()
@@ -398,10 +400,6 @@ def fresh_process(job: Job) -> int:
 
 def read_lines(path: Path) -> Iterator[Any]:
     return map(json.loads, path.read_text(encoding="utf-8").splitlines())
-
-
-def marked(line: bytes) -> bool:
-    return line.rstrip().endswith(MARK.encode())
 
 
 def tell(text: str, end: str = "\n") -> None:

@@ -14,7 +14,6 @@ import ctypes
 import functools
 import hashlib
 import json
-import linecache
 import os
 import random
 import signal
@@ -27,9 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["MARK", "Entry", "Job", "record"]
+from lines import marked_in
 
-MARK = "# observability"
+__all__ = ["Entry", "Job", "record"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,7 @@ def record(job: Job) -> int:
     """Run the script in this process as Python would, noting what it does."""
     recorder = Recorder(job)
     sys.argv, sys.path[0] = [job.script, *job.args], os.path.dirname(job.script)
+    sys.modules.pop("lines", None)  # the script may have a module of this name
     recorder.watch()
     main = types.ModuleType("__main__")
     main.__dict__.update(__file__=job.script, __builtins__=__builtins__)
@@ -202,7 +202,7 @@ class Recorder:
         name = os.path.basename(file)
         if name == "observability.py" or file.startswith(self.library):
             return
-        if not linecache.getline(file, line).rstrip().endswith(MARK):
+        if line not in marked_in(file):
             self.note("value", value.hex(), value, f"{name}:{line}")
 
     def keep_module(self, module: Any, name: str, tensor: Any) -> None:

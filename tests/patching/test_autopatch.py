@@ -695,11 +695,13 @@ def test_unreadable_path_is_exit_2(tmp_path, args):
     assert "cannot read" in done.stderr
 
 
-def test_foreign_line_with_the_marker_is_refused(script):
-    script.write_bytes(script.read_bytes() + b"print('x')  # observability\n")
-    done = run_tool(script, "--write")
-    assert done.returncode == 2
-    assert "not one of ours" in done.stderr
+def test_an_authors_line_with_the_marker_stays_and_is_in_nobodys_way(script):
+    before = script.read_bytes() + b"print('x')  # observability\n"
+    script.write_bytes(before)
+    assert run_tool(script, "--write").returncode == 0
+    assert script.read_bytes() != before
+    assert run_tool(script, "--reverse").returncode == 0
+    assert script.read_bytes() == before
 
 
 # --- Ready patches ---------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
-from autopatch import OURS
 from conftest import ROOT, python
+from lines import is_marked
 
 import observability
 
@@ -81,7 +81,7 @@ def test_each_added_line_is_known_as_ours_and_is_python_by_itself(name):
     assert added(name)
     for row in added(name):
         assert row.endswith(MARK)
-        assert OURS.match(row)
+        assert is_marked(row.encode())
         ast.parse(row.strip())
 
 
