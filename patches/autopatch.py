@@ -33,7 +33,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from files import apply, drop_backup, write
+from files import apply, drop_backup, in_package, write
 from lines import (
     MARK,
     PatchError,
@@ -154,11 +154,14 @@ class Binding:
 
 
 def patch(
-    source: bytes, name: str = "train.py", parts: Sequence[str] = PARTS
+    source: bytes, name: str = "train.py", parts: Sequence[str] = PARTS, package: bool = False
 ) -> tuple[bytes, Plan]:
-    """The patched source and what was found; raises PatchError, NothingToPatch."""
+    """The patched source, of a script or a module of a package, and what was found.
+
+    Raises PatchError, NothingToPatch.
+    """
     script = Script(source, name)
-    found = plan(script, parts)
+    found = plan(script, parts, package)
     return patched(script, found.insertions), found
 
 
@@ -976,16 +979,16 @@ class Nests:
 
 
 # --- The patch -------------------------------------------------------------------------------
-def plan(script: Script, parts: Sequence[str] = PARTS) -> Plan:
+def plan(script: Script, parts: Sequence[str] = PARTS, package: bool = False) -> Plan:
     """Find the call sites of a script; raises NothingToPatch when it has no loop of its own."""
-    return Patcher(script, parts).plan()
+    return Patcher(script, parts, package).plan()
 
 
 class Patcher:
     """Decides on the lines to add, loop by loop."""
 
-    def __init__(self, script: Script, parts: Sequence[str]) -> None:
-        self.script, self.wanted = script, {"log", *parts}
+    def __init__(self, script: Script, parts: Sequence[str], package: bool) -> None:
+        self.script, self.wanted, self.package = script, {"log", *parts}, package
         self.roles = Roles(script)
         self.out = Plan(parts={"log": "no", "validation": "none seen", "resume": "no"})
         self.obs = self._free_name()
@@ -1043,7 +1046,8 @@ class Patcher:
             index += 1
         if not imports and ast.get_docstring(self.script.tree) is not None:
             index = 0
-        code = "import observability" + (" as obs" if self.obs == "obs" else "")
+        start = "from . import" if self.package else "import"
+        code = f"{start} observability" + (" as obs" if self.obs == "obs" else "")
         for place in range(index + 1, len(body) + 1):
             if self.add(Spot(body, place), "import", code):
                 return
@@ -1355,7 +1359,7 @@ class NestPatcher:
     def _step_call(self, spot: Spot, carry: dict[str, str], test: str, last: str) -> str:
         bound = self.script.bound(spot)
         *others, loss = self._losses_at(spot) or [""]
-        needed = [*self._counter(bound), *filter(None, [loss])]
+        needed = [*self.counter(bound), *filter(None, [loss])]
         # A plain name is read off this function itself, or off the one that calls it.
         unseen = {key: name for key, name in carry.items() if key != name}
         kept = [f'"{key}": {name}' for key, name in unseen.items() if name in bound]
@@ -1412,7 +1416,7 @@ class NestPatcher:
     def last_site(self) -> int:
         return max(getattr(site, "lineno", 0) for site in self.nest.sites)
 
-    def _counter(self, bound: Names) -> list[str]:
+    def counter(self, bound: Names) -> list[str]:
         """The script's own count of steps: one that goes up by 1 an iteration and never back."""
         if self.again:
             return []
@@ -2252,7 +2256,13 @@ class Evaluations:
         return ""
 
     def _record(self, spot: Spot, value: str, where: ast.AST) -> bool:
-        return self._line(spot, f"{self.n.obs}.validation({value})", where)
+        at = self.n.counter(self.script.bound(spot)) if self._in_iteration(spot) else []
+        date = "".join(f", step={name}" for name in at)  # as the script itself numbers it
+        return self._line(spot, f"{self.n.obs}.validation({value}{date})", where)
+
+    def _in_iteration(self, spot: Spot) -> bool:
+        inside = any(self.script.inside(stmt, self.n.inner) for stmt in spot.block[:1])
+        return inside and self.script.scope_of(spot.block[0]) is self.n.scope
 
     def _scores(self, spot: Spot, names: list[str], where: ast.AST, group: str = "val") -> bool:
         pairs = ", ".join(f'"{group}/{key_of(name)}": {name}' for name in names)
@@ -2471,7 +2481,7 @@ def _run(options: argparse.Namespace, path: Path) -> None:
     elif marked := marked_numbers(data, path.name):
         _already_patched(options, path, data, len(marked))
     else:
-        result, found = patch(data, path.name, options.only)
+        result, found = patch(data, path.name, options.only, in_package(path, data))
         _show(options, path, data, result, found)
 
 

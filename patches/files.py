@@ -10,14 +10,48 @@ import contextlib
 import errno
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from lines import DROP_IN, PatchError
 
-__all__ = ["apply", "backup", "drop_backup", "write"]
+__all__ = ["apply", "backup", "drop_backup", "in_package", "write"]
+
+
+def in_package(path: Path, data: bytes) -> bool:
+    """Whether others import it as a part of a package: it then finds what lies beside it by its
+    package alone. Told from its own imports, and from those of the files beside and above it."""
+    if re.search(rb"^[ \t]*from[ \t]+\.", data, re.M):
+        return True
+    if re.search(rb"^if[ \t(]+__name__\b", data, re.M):
+        return False
+    path = path.resolve()
+    package, module = (re.escape(name) for name in (path.parent.name, path.stem))
+    imports = re.compile(
+        rf"(?:import|from)[ \t]+(?:\w+\.)*{package}\.{module}\b|from[ \t]+\.{module}[ \t]+import|"
+        rf"from[ \t]+(?:(?:\w+\.)*{package}|\.)[ \t]+import\b[^#\n]*\b{module}\b".encode()
+    )
+    return any(imports.search(_read(file)) for file in _files_near(path))
+
+
+def _files_near(path: Path) -> Iterator[Path]:
+    """In its folder, in that of each package around, and where the outermost package lies."""
+    folder, is_package = path.parent, True
+    while is_package and folder != folder.parent:
+        yield from (file for file in itertools.islice(folder.glob("*.py"), 500) if file != path)
+        is_package = folder == path.parent or (folder / "__init__.py").exists()
+        folder = folder.parent
+
+
+def _read(path: Path) -> bytes:
+    with contextlib.suppress(OSError):
+        if path.is_file() and path.stat().st_size < 1 << 20:
+            return path.read_bytes()
+    return b""
 
 
 def apply(path: Path, data: bytes, result: bytes) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import autopatch
 import pytest
+from conftest import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -156,7 +157,7 @@ def test_reference_shape_gets_exactly_these_call_sites(script):
         "step, ptr = obs.resume(step=step, ptr=ptr)",
         "if obs.skip_epoch(epoch): continue",
         "if obs.skip_batch(): continue",
-        "obs.validation(val_loss)",
+        "obs.validation(val_loss, step=step)",
         "obs.step(step, loss=loss, batch=xb)",
         "obs.finish()",
     ]
@@ -702,6 +703,56 @@ def test_an_authors_line_with_the_marker_stays_and_is_in_nobodys_way(script):
     assert script.read_bytes() != before
     assert run_tool(script, "--reverse").returncode == 0
     assert script.read_bytes() == before
+
+
+MODULE = """import torch
+{first}
+class Trainer:
+    def __init__(self, model):
+        self.model = model
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def run(self):
+        for step in range(3):
+            loss = self.model(torch.randn(2, 4)).square().mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        print("trained", step + 1)
+"""
+
+
+@pytest.mark.parametrize("first", ["", "from .bits import Bits"], ids=["absolute", "relative"])
+@pytest.mark.parametrize("init", [True, False], ids=["package", "namespace"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        "from mini.trainer import Trainer",
+        "import mini.trainer\nTrainer = mini.trainer.Trainer",
+        "from mini import trainer\nTrainer = trainer.Trainer",
+    ],
+)
+def test_a_module_of_a_package_finds_the_drop_in_by_its_package(tmp_path, use, init, first):
+    package = tmp_path / "mini"
+    package.mkdir()
+    (package / "bits.py").write_text("Bits = 1\n")
+    if init:
+        (package / "__init__.py").touch()
+    (package / "trainer.py").write_text(MODULE.format(first=first))
+    main = tmp_path / "main.py"
+    main.write_text(f"import torch\n{use}\nTrainer(torch.nn.Linear(4, 1)).run()\n")
+    assert run_tool(package / "trainer.py", "--write").returncode == 0
+    done = python(main, cwd=tmp_path)
+    assert "trained 3" in done.stdout, done.stderr
+    assert "completed at step 2" in done.stderr
+
+
+@pytest.mark.parametrize("guard", ["", 'if __name__ == "__main__":\n    pass\n'])
+def test_a_script_beside_an_init_file_is_still_a_script(tmp_path, guard):
+    (tmp_path / "__init__.py").touch()
+    path = tmp_path / "train.py"
+    path.write_bytes((TESTS / "shapes" / "nameless_loss.py").read_bytes() + guard.encode())
+    assert "+import observability as obs" in run_tool(path).stdout
 
 
 # --- Ready patches ---------------------------------------------------------------------------
