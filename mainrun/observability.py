@@ -387,8 +387,8 @@ class Run:
     ) -> None:
         """Record one evaluation, at the step under way or just made unless another is given.
 
-        `loss` is a number, a one-element tensor, or whatever an evaluate() returned: of a dict the
-        entry named val, val_loss or loss, else its first; of a tuple its first.
+        `loss` is a number, a one-element tensor, or what evaluate() returned: of a dict the entry
+        named val, val_loss or loss, else the first that sounds like one; of a tuple its first.
         """
         if not self._records("validation"):
             return
@@ -407,7 +407,9 @@ class Run:
         # In mid-iteration the optimizer has stepped and step() is yet to come.
         at = whole_number("step", step, self.global_step + self.optimizers.stepped)
         if number is None:
-            return self.recorder.record("eval", at, record) if record else None
+            if record:
+                self.recorder.record("eval", at, record)
+            return
         evaluation = self.curve.expect(at, self.epoch, self.weights_seen())
         if not self.optimizers.steps and self._checkpointer and self._checkpointer.in_iteration():
             evaluation.weights += 0.5  # no hook tells whether they are those of the step before
@@ -631,15 +633,21 @@ def sizes(batch: Any, batches: Any, tokens: Any, samples: Any) -> tuple[Any, Any
     return None, shape[0] * batches
 
 
+_LOSSES = re.compile(r"loss|nll|ppl|perplexity|bpb|error|mse", re.I)
+
+
 def split_loss(given: Any) -> tuple[Any, dict[str, Any]]:
     """The loss, and the rest of what an evaluate() returned."""
     if isinstance(given, list | tuple):
         given = {"loss": next(iter(given), None), **dict(zip(map(str, range(1, 99)), given[1:]))}
     if not isinstance(given, Mapping):
         return given, {}
-    named = (name for name in ("val", "val_loss", "loss", *given) if name in given)
-    loss = next(named, None)
-    return given.get(loss), {str(name): value for name, value in given.items() if name != loss}
+    like_one = (name for name in given if _LOSSES.search(str(name)))
+    loss = next((name for name in ("val", "val_loss", "loss", *like_one) if name in given), None)
+    others = {str(name): value for name, value in given.items() if name != loss}
+    if "loss" in others:  # beside one named val: loss/val is the curve of the epochs
+        others["other_loss"] = others.pop("loss")
+    return given.get(loss), others
 
 
 def parameter_count(model: Any) -> int | None:

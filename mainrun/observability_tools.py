@@ -23,6 +23,7 @@ import array
 import contextlib
 import csv
 import functools
+import importlib.machinery
 import importlib.util
 import io
 import itertools
@@ -30,7 +31,6 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import socket
 import statistics
@@ -999,18 +999,20 @@ class ZeroEdit:
     """Records a script without call sites, by the hooks that torch has for every optimizer.
 
     A step is one of the optimizer that steps first; what the others' steps have is recorded with
-    their number behind its name. Evaluations and the place in the loop cannot be seen.
+    their number behind its name. The loss of a step is the sum of what was back-propagated since
+    the gradients were zeroed: that is what the step descends. Evaluations and the place in the
+    loop cannot be seen.
     """
 
     SHARE = 0.005  # of the loop's time, that gradient norms may take
 
-    def __init__(self) -> None:
+    def __init__(self, arguments: Sequence[str]) -> None:
         self.run: obs.Run | None = None
+        self._config = config_of(arguments)
         self.steps = 0
         self._optimizers: list[Any] = []
-        self._loss: Any = None  # back-propagated since the last step; of several, their sum
-        self._scaled: tuple[Any, Any] | None = None  # by a GradScaler, and what it was
-        self._stepping = False  # a closure evaluates again and again, and the last loss counts
+        self._loss: Any = None  # back-propagated since the gradients were zeroed, the sum
+        self._scaler: Any = None  # whose scale() has been called since
         self._norm: dict[str, Any] = {}
         self._norm_at = 0  # the step at which it is due
         self._began = self._mark = 0.0  # perf_counter() before the first step and after the last
@@ -1025,33 +1027,42 @@ class ZeroEdit:
         wrap(torch.autograd, "backward", before=obs.fenced(self._note_loss))
         scaler = getattr(torch.amp, "GradScaler", None) or torch.cuda.amp.GradScaler
         wrap(scaler, "scale", after=obs.fenced(self._note_scaled))
+        # Or the loss of a step that a GradScaler left out would be added to the next one's.
+        wrap(optim.Optimizer, "zero_grad", before=obs.fenced(self._note_zeroed))
+        wrap(torch.nn.Module, "zero_grad", before=obs.fenced(self._note_zeroed))
 
     def is_alone(self) -> bool:
         """Whether no run is open but ours: a script that has call sites is left to them."""
         return obs.current_run() is self.run
 
-    def _note_scaled(self, result: Any, _: Any, outputs: Any) -> None:
-        self._scaled = (result, outputs)
+    def _note_zeroed(self, *_: Any, **__: Any) -> None:
+        self._loss = self._scaler = None
+
+    def _note_scaled(self, _: Any, scaler: Any, *__: Any, **___: Any) -> None:
+        self._scaler = scaler
 
     def _note_loss(self, tensors: Any, *_: Any, **__: Any) -> None:
-        scaled, self._scaled = self._scaled, None
-        if scaled is not None and scaled[0] is tensors:
-            tensors = scaled[1]
-        losses = [tensor.detach() for tensor in obs.several(tensors) if tensor.numel() == 1]
-        if losses and not self._stepping and self._loss is not None:
-            losses.append(self._loss)
-        self._loss = sum(losses[1:], losses[0]) if losses else self._loss
+        scale = getattr(self._scaler, "_scale", None)  # get_scale() would wait for the device
+        for each in (each for each in obs.several(tensors) if each.numel() == 1):
+            # A tensor of its own: the script's `loss *= micro_batches` is not to reach it.
+            loss = each.detach() / (1 if scale is None else scale.to(each.device))
+            self._loss = loss if self._loss is None else loss + self._loss
+
+    def _is_wrapper(self, optimizer: Any) -> bool:
+        """Whether it holds the one that steps: its own step() is called more often, by accelerate's
+        for each micro-batch."""
+        values = vars(optimizer).values()
+        return any(isinstance(each, sys.modules["torch"].optim.Optimizer) for each in values)
 
     def _before_step(self, optimizer: Any, *_: Any) -> None:
-        if not self.is_alone():
+        if not self.is_alone() or self._is_wrapper(optimizer):
             return
         if self.run is None:
-            self.run = obs.init(save_interval=0, resume="never")
+            self.run = obs.init(config=self._config, save_interval=0, resume="never")
             self._began = time.perf_counter()
         if not any(known is optimizer for known in self._optimizers):
             self._optimizers.append(optimizer)
             self.run.watch(optimizer=optimizer)
-        self._stepping = True
         if optimizer is self._optimizers[0] and self.steps >= self._norm_at:
             self._note_norm(optimizer)
 
@@ -1070,9 +1081,9 @@ class ZeroEdit:
             self._norm_at = self.steps + 1 + int((now - began) / (self.SHARE * step_s))
 
     def _after_step(self, optimizer: Any, *_: Any) -> None:
-        loss, self._loss, self._stepping = self._loss, None, False
-        if self.run is None or not self.is_alone():
+        if self.run is None or not self.is_alone() or self._is_wrapper(optimizer):
             return
+        loss, self._loss, self._scaler = self._loss, None, None
         if optimizer is not self._optimizers[0]:
             number = next(i for i, known in enumerate(self._optimizers) if known is optimizer)
             self.run.log({} if loss is None else {f"loss/train/{number}": loss})
@@ -1090,8 +1101,8 @@ class ZeroEdit:
             why = "no optimizer has stepped" if self.is_alone() else "it has call sites of its own"
             return obs.say(f"nothing is added to what the script records: {why}")
         self.run.finish(status)
-        unseen = "without call sites evaluations are not seen, and no run can be resumed"
-        return obs.say(f"{self.steps} steps are in {self.run.dir}; {unseen}")
+        unseen = "evaluations are not seen and it cannot be resumed: for these patch the script"
+        return obs.say(f"{self.steps} steps are in {self.run.dir}; {unseen} (README.md tells how)")
 
 
 def wrap(owner: Any, name: str, before: Hook | None = None, after: Hook | None = None) -> None:
@@ -1114,41 +1125,85 @@ def when_imported(module: str, then: Hook) -> None:
     """Call back when the script has imported a module: were it imported before, it would not find
     what the script puts into the environment for it."""
 
-    def find_spec(name: str, path: Any, target: Any = None) -> Any:
+    def loaded(*_: Any) -> None:
+        if finder in sys.meta_path:
+            sys.meta_path.remove(finder)
+            then()
+
+    def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
+        """The spec that the other finders have: whether it is asked for or imported is the same."""
         if name != module:
             return None
-        sys.meta_path.remove(finder)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            wrap(spec.loader, "exec_module", after=lambda *_: then())
+        others = [each for each in sys.meta_path if each is not finder]
+        spec = next(filter(None, (each.find_spec(name, path, target) for each in others)), None)
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            wrap(spec.loader, "exec_module", after=loaded)
         return spec
 
     finder: Any = types.SimpleNamespace(find_spec=find_spec)
     sys.meta_path.insert(0, finder)
+    if sys.modules.get(module) is not None:
+        loaded()
 
 
-def run_script(script: Path, arguments: Sequence[str]) -> None:
+def config_of(arguments: Sequence[str]) -> dict[str, Any] | list[str]:
+    """`--lr 3e-4 --name=x --fast` or `lr=3e-4` by name; what has another form, as it is."""
+    config: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        option, equals, value = rest.pop(0).partition("=")
+        name = option.lstrip("-").replace("-", "_")
+        if not (equals or option.startswith("-")) or not name.isidentifier() or name in config:
+            return list(arguments)
+        if not equals:
+            value = "true" if not rest or re.match(r"--?[^\W\d]", rest[0]) else rest.pop(0)
+        config[name] = obs.attempt(functools.partial(json.loads, value), value)
+    return config
+
+
+def show_from(script: str, show: Hook, kind: Any, error: BaseException, trace: Any) -> None:
+    """Show an error as plain Python does: from the script on, and none of our frames between."""
+    frames: list[types.TracebackType] = []
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if file == script or (frames and file != __file__):
+            frames.append(trace)
+        trace = trace.tb_next
+    for each, following in zip(frames, [*frames[1:], None]):
+        each.tb_next = following
+    error.__traceback__ = frames[0] if frames else None
+    show(kind, error, error.__traceback__)
+
+
+def run_script(script: str, arguments: Sequence[str]) -> None:
     """Run a training script as Python would, and record what can be seen from outside."""
-    zero_edit, status = ZeroEdit(), "completed"
+    zero_edit, status = ZeroEdit(arguments), "completed"
     when_imported("torch", obs.fenced(zero_edit.install))
-    sys.argv, sys.path[0] = [str(script), *arguments], str(script.resolve().parent)
+    path = os.path.join(os.getcwd(), script)  # as it was given, ./ and .. too
+    sys.argv, sys.path[0] = [script, *arguments], str(Path(script).resolve().parent)
+    if sys.path[-1] == str(Path(__file__).resolve().parent):
+        sys.path.pop()  # by which this file was found
+    loader = importlib.machinery.SourceFileLoader("__main__", path)
+    sys.modules["__main__"] = main = types.ModuleType("__main__")  # to the end of the process
+    vars(main).update(__builtins__=sys.modules["builtins"], __file__=path, __loader__=loader)
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        exec(loader.source_to_code(loader.get_data(path), path), vars(main))
     except BaseException as error:  # the script's: its end is noted, and goes on up
         if not isinstance(error, SystemExit) or error.code not in (None, 0):
             status = f"failed: {type(error).__name__}"
+        sys.excepthook = functools.partial(show_from, path, sys.excepthook)
         raise
     finally:
         zero_edit.finish(status)
 
 
-SCRIPT = argument("script", type=Path, metavar="TRAIN.PY")
+SCRIPT = argument("script", metavar="TRAIN.PY")
 REST = argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS")
 
 
 @command("run a training script as it is, and record what can be seen", SCRIPT, REST)
 def command_run(options: argparse.Namespace) -> int:
-    if not options.script.is_file():
+    if not Path(options.script).is_file():
         obs.say(f"{options.script} is no file; give the training script")
         return 2
     run_script(options.script, options.arguments)

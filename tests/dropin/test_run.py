@@ -744,3 +744,19 @@ def test_a_validation_that_is_no_number_is_not_taken_for_the_next_one(open_run, 
         {"loss/val_step": 0.5, "accuracy/val": 0.75},
         {"top5/val": 0.9},
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "recorded"),
+    [
+        ({"acc1": 0.5, "ppl": 3.0}, {"loss/val_step": 3.0, "acc1/val": 0.5}),
+        ({"acc1": 0.5, "eval_loss": 2.0}, {"loss/val_step": 2.0, "acc1/val": 0.5}),
+        ({"acc1": 0.5, "f1": 0.25}, {"acc1/val": 0.5, "f1/val": 0.25}),
+        ({"loss": 1.0, "val": 2.0}, {"loss/val_step": 2.0, "other_loss/val": 1.0}),
+    ],
+)
+def test_of_a_dict_the_loss_is_what_sounds_like_one(open_run, run_dir, given, recorded):
+    open_run()
+    obs.validation(given)
+    obs.finish()
+    assert [r["metrics"] for r in records(run_dir, "eval")] == [recorded]

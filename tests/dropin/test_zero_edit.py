@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,103 @@ for step in range(3):
         loss = model(torch.randn(8, 4)).square().mean() / 2
         loss.backward()
         total = loss.detach() + total
+        loss *= 2
     optimizer.step()
     optimizer.zero_grad()
     print(total.item())
+"""
+
+# What was left out has no part in the loss of the next step.
+OVERFLOWN = """
+import torch
+torch.manual_seed(0)
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+scaler = torch.amp.GradScaler("cpu")
+for step in range(4):
+    optimizer.zero_grad()
+    loss = model(torch.randn(8, 4)).square().mean()
+    scaler.scale(loss).backward()
+    if step % 2 == 0:
+        model.weight.grad.fill_(float("inf"))
+    else:
+        print(loss.item())
+    scaler.step(optimizer)
+    scaler.update()
+"""
+
+SCALED_AND_ACCUMULATED = """
+import torch
+torch.manual_seed(0)
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+scaler = torch.amp.GradScaler("cpu")
+for step in range(3):
+    total = 0
+    for micro in range(2):
+        loss = model(torch.randn(8, 4)).square().mean()
+        if step == 1:  # divided after it was scaled
+            (scaler.scale(loss) / 2).backward()
+        elif step == 2:  # two losses, each on its way
+            for part in scaler.scale([loss / 4, loss / 4]):
+                part.backward(retain_graph=True)
+        else:
+            scaler.scale(loss / 2).backward()
+        total = loss.detach() / 2 + total
+    scaler.step(optimizer)
+    scaler.update()
+    model.zero_grad()
+    print(total.item())
+"""
+
+# As accelerate's: its step() is called for each micro-batch and is one for every second.
+WRAPPED = """
+import sys
+import torch
+torch.manual_seed(0)
+class Wrapper(torch.optim.Optimizer):
+    def __init__(self, optimizer):
+        self.optimizer, self.micro = optimizer, 0
+        if "hooked" in sys.argv:
+            super().__init__(optimizer.param_groups, {})
+    def step(self, closure=None):
+        self.micro += 1
+        if self.micro % 2 == 0:
+            self.optimizer.step()
+    def zero_grad(self, set_to_none=True):
+        if self.micro % 2 == 0:
+            self.optimizer.zero_grad()
+model = torch.nn.Linear(4, 1)
+optimizer = Wrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+total = 0
+for batch in range(8):
+    loss = model(torch.randn(8, 4)).square().mean() / 2
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    total = loss.detach() + total
+    if batch % 2:
+        print(total.item())
+        total = 0
+"""
+
+# As transformers and datasets do; what they find is what there is.
+ASKS_FIRST = """
+import importlib.util
+for _ in range(2):
+    spec = importlib.util.find_spec("torch")
+print(type(spec.loader).__name__, spec.origin, spec.submodule_search_locations, spec.cached)
+has_torch = spec is not None
+"""
+
+LIKE_PLAIN = """
+import atexit, sys, threading
+print(sys.argv, sys.path, __file__, __name__, __package__, __spec__, __doc__, type(__builtins__))
+print(type(__loader__).__name__, sys.modules["__main__"].__dict__ is globals())
+atexit.register(lambda: print("at exit", sys.modules["__main__"].own))
+own = 1
+def annotated(x: int): ...
+print(annotated.__annotations__)
 """
 
 CLOSURE = """
@@ -147,13 +242,120 @@ def test_an_untouched_script_is_recorded_and_computes_the_same(tmp_path):
 
 @pytest.mark.parametrize(
     "script",
-    [SCALED, ACCUMULATED, CLOSURE, WITHIN_BACKWARD],
-    ids=["scaled", "accumulated", "closure", "within backward"],
+    [
+        pytest.param(SCALED, id="scaled"),
+        pytest.param(ACCUMULATED, id="accumulated"),
+        pytest.param(SCALED_AND_ACCUMULATED, id="scaled and accumulated"),
+        pytest.param(OVERFLOWN, id="overflown"),
+        pytest.param(CLOSURE, id="closure"),
+        pytest.param(WITHIN_BACKWARD, id="within backward"),
+    ],
 )
 def test_the_loss_is_that_of_the_step_however_it_is_made(tmp_path, script):
     done = run(tmp_path, script)
     seen = [each["loss/train"] for each in metrics(tmp_path)]
     assert seen == [float(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["hooked", "bare"])
+def test_a_step_is_one_of_the_optimizer_and_not_of_its_wrapper(tmp_path, kind):
+    done = run(tmp_path, WRAPPED, kind)
+    seen = metrics(tmp_path)
+    assert [each["loss/train"] for each in seen] == [float(row) for row in done.stdout.split()]
+    assert [each["lr"] for each in seen] == [0.1] * 4
+    assert "4 steps are in" in done.stderr
+
+
+def test_who_asks_whether_there_is_torch_is_recorded(tmp_path):
+    (tmp_path / "asks.py").write_text(ASKS_FIRST)
+    observed = run(tmp_path, "import asks\nassert asks.has_torch\n" + PLAIN)
+    assert observed.stdout == python(tmp_path / "train.py").stdout
+    assert "6 steps are in" in observed.stderr
+    assert len(metrics(tmp_path)) == 6
+
+
+def test_a_torch_that_is_there_already_is_recorded(tmp_path):
+    """By a sitecustomize, or by the package that observability.py is run from."""
+    site, package = tmp_path / "site", tmp_path / "package"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text("import torch")
+    (tmp_path / "train.py").write_text(PLAIN.replace("assert", "#", 1))
+    command = [MAINRUN / "observability.py", "run", "train.py"]
+    path = os.pathsep.join([str(site), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    done = python(*command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
+    assert "6 steps are in" in done.stderr
+
+    package.mkdir()
+    (package / "__init__.py").write_text("import torch")
+    for name in ("observability.py", "observability_tools.py"):
+        shutil.copy(MAINRUN / name, package)
+    done = python("-m", "package.observability", "run", "train.py", cwd=tmp_path)
+    assert "6 steps are in" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "config"),
+    [
+        (
+            "--lr 3e-4 --name=a-1 --fast --shift -1 --api-key 1234567 -n 2",
+            {"lr": 3e-4, "name": "a-1", "fast": True, "shift": -1, "api_key": "<redacted>", "n": 2},
+        ),
+        ("lr=0.1 model=small", {"lr": 0.1, "model": "small"}),
+        ("--files a b --token abcd", ["--files", "a", "b", "--token", "<redacted>"]),
+        ("--tag a --tag b", ["--tag", "a", "--tag", "b"]),
+        ("", {}),
+    ],
+)
+def test_the_arguments_are_the_configuration(tmp_path, arguments, config):
+    run(tmp_path, PLAIN, *arguments.split())
+    [run_dir] = (tmp_path / "out").iterdir()
+    assert json.loads((run_dir / "config.json").read_text())["config"] == config
+
+
+def test_what_is_not_seen_is_said_once(tmp_path):
+    done = run(tmp_path, PLAIN)
+    assert done.stderr.count("evaluations are not seen") == 1
+    assert "for these patch the script" in done.stderr
+
+
+BACKWARD_FAILS = """
+import torch
+def fail(gradient):
+    raise RuntimeError("within backward")
+def main():
+    x = torch.ones(1, requires_grad=True)
+    x.register_hook(fail)
+    (x * 2).backward()
+main()
+"""
+OWN_HOOK = """
+import traceback
+sys.excepthook = lambda kind, error, trace: print(traceback.format_tb(trace), file=sys.stderr)
+{}["missing"]
+"""
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        pytest.param("", id="well"),
+        pytest.param("import json\njson.loads('{')", id="in a library"),
+        pytest.param(BACKWARD_FAILS, id="below what is hooked"),
+        pytest.param("sys.exit('a text')", id="exit"),
+        pytest.param("raise KeyboardInterrupt", id="interrupt"),
+        pytest.param("def = 1", id="syntax"),
+        pytest.param(OWN_HOOK, id="a hook of its own"),
+    ],
+)
+def test_a_script_finds_and_leaves_what_it_does_under_plain_python(tmp_path, end):
+    """Its names, its path, its exit status, and every line of its traceback."""
+    (tmp_path / "train.py").write_text(LIKE_PLAIN + end)
+    arguments = ("./train.py", "--lr", "3", "--", "x")
+    observed = python(MAINRUN / "observability.py", "run", *arguments, cwd=tmp_path)
+    alone = python(*arguments, cwd=tmp_path)
+    assert (observed.returncode, observed.stdout) == (alone.returncode, alone.stdout)
+    rows = observed.stderr.splitlines()
+    assert [row for row in rows if "observability: " not in row] == alone.stderr.splitlines()
 
 
 def test_each_of_several_optimizers_has_a_curve_of_its_own(tmp_path):
