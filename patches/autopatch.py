@@ -1005,7 +1005,8 @@ class Patcher:
             NestPatcher(self, nest, several=len(nests) > 1).patch()
         logged = {u.call for nest in nests for u in nest.updates}
         for update in updates:
-            if update.call not in logged:
+            within = getattr(self.script.scope_of(update.call), "name", "")
+            if update.call not in logged and within != "step":  # a wrapper's own
                 self.out.note(
                     update.call,
                     "this optimizer step is outside the loop that is "
@@ -2261,8 +2262,7 @@ class Evaluations:
         return self._line(spot, f"{self.n.obs}.validation({value}{date})", where)
 
     def _in_iteration(self, spot: Spot) -> bool:
-        inside = any(self.script.inside(stmt, self.n.inner) for stmt in spot.block[:1])
-        return inside and self.script.scope_of(spot.block[0]) is self.n.scope
+        return self.n.inner in self.script.loops_around(spot.block[0])
 
     def _scores(self, spot: Spot, names: list[str], where: ast.AST, group: str = "val") -> bool:
         pairs = ", ".join(f'"{group}/{key_of(name)}": {name}' for name in names)

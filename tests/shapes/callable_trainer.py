@@ -1,0 +1,36 @@
+"""The step is an object that is called."""
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Step:
+    def __init__(self, model, optimizer):
+        self.model, self.optimizer = model, optimizer
+
+    def __call__(self, x, y):
+        loss = nn.functional.mse_loss(self.model(x), y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss
+
+
+def main():
+    torch.manual_seed(42)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.Linear(8, 1))
+    data = TensorDataset(torch.randn(44, 4), torch.randn(44, 1))
+    loader = DataLoader(data, batch_size=4, shuffle=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    train_step = Step(model, optimizer)
+    step = 0
+    for epoch in range(2):
+        for x, y in loader:
+            loss = train_step(x, y)
+            step += 1
+            print("train", step, loss.item())
+    print("final", sum(p.double().sum().item() for p in model.parameters()))
+
+
+if __name__ == "__main__":
+    main()
