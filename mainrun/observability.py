@@ -3042,6 +3042,8 @@ class CallSiteChecks:
         self._epoch, loop = self._loop.epoch, self._loop
         began = self._first.setdefault("the first epoch", self._epoch)
         for path, thing in things.items():
+            if path in self._text.epochs_used and is_generator(thing):
+                self.note(f"`{path}` is made within the epoch; make it before resume() and seed it")
             lives_on = ask(thing, "_iterator")  # of a loader whose workers persist
             reader = thing if is_iterator(thing) else lives_on
             elsewhere = reader and reader._num_yielded - loop.batches not in (0, 1)
@@ -3074,7 +3076,7 @@ class CallSiteChecks:
         for probe in [probe for some in self._probes.values() for probe in some]:
             of_epoch = probe.path.partition(".")[0] in self._text.epochs_own
             at, now = (probe.path, self._epoch if of_epoch else None), probe.read()
-            moves = now not in (None, []) and self._first.setdefault(at, now) != now
+            moves = self._first.setdefault(at, now) != now and now not in (None, [])
             if moves and not probe.is_given(self._text.made_anew):
                 self.note(f"`{probe.path}` moves and is in no checkpoint; {probe.advice}")
 
@@ -3129,7 +3131,8 @@ def parts_of(value: Any) -> Iterator[tuple[str, Any]]:
     """Of a collection, of what feeds a loop, and of a stranger's object."""
     if isinstance(value, dict | list | tuple):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        yield from ((f"[{key!r}]", part) for key, part in itertools.islice(pairs, 64))
+        named = ((key, part) for key, part in pairs if isinstance(key, str | int))
+        yield from ((f"[{key!r}]", part) for key, part in itertools.islice(named, 64))
     elif is_strange(value) or drives(value):
         is_model = hasattr(type(value), "forward")  # its modules are not looked into
         own = [(name, part) for name, part in vars(value).items() if name[0] != "_" or not is_model]
@@ -3298,7 +3301,7 @@ def numbers_of(path: str, thing: Any) -> Iterator[Probe]:
     keeps = ask(thing, "load_state_dict") and not ask(thing, "named_buffers")
     advice = f"add watch(loader={path})" if keeps else "carry it, or make it a buffer of a model"
     for name, value in list(getattr(thing, "__dict__", {}).items()):
-        if type(value) in (int, float):
+        if type(value) in (int, float, bool, type(None)):
             read = reader(thing, getattr, name, None)
             yield Probe(f"{path}.{name}", read, advice, type(thing), name)
 
@@ -3345,6 +3348,7 @@ class ScriptLoop:
         uses = [use for part in (head, *node.body) for use in uses_in(part)]
         first = dict(reversed(uses))
         self.made_anew = {name for name, binds in first.items() if binds}
+        self.used = {name for name, _ in uses}
         self.carried = {name for name, binds in uses if binds} - self.made_anew
         last = max(line or 0 for _, _, line in self.code.co_lines())
         behind = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.lineno <= last]
@@ -3398,6 +3402,7 @@ class ScriptText:
         self.made_anew = asked | {f".{name}" for name in asked}  # by each iteration
         self.made_anew |= {name for loop in innermost for name in loop.made_anew}
         self.epochs_own = {name for loop in self.loops[:-1] for name in loop.made_anew}
+        self.epochs_used = {name for loop in innermost for name in loop.used} & self.epochs_own
         self.tested = {name for loop in self.loops for name in loop.tested}
         self.left = {name for loop in innermost for name in loop.left} - asked
 

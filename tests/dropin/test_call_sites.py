@@ -574,6 +574,24 @@ INEXACT = {
         edited(piece("Noam", f"{LOADER}noam = Noam(opt)"), (UPDATE, "        noam.step()\n")),
         "`noam.made` moves and is in no checkpoint; carry it",
     ),
+    "a generator that an epoch makes and its batches draw from": (
+        edited(
+            after(EPOCH, "g = torch.Generator().manual_seed(epoch)"),
+            before(LOSS, "x = x + torch.randn(4, generator=g)"),
+        ),
+        r"`g` is made within the epoch; make it before resume\(\) and seed it",
+    ),
+    "an early stop that knows no best at first": (
+        edited(
+            piece("EarlyStopping", f"{LOADER}stopping = EarlyStopping()\nstopping.best = None"),
+            behind_the_epoch(
+                "if stopping.best is None or loss.item() < stopping.best:",
+                "    stopping.best = loss.item()",
+                "if stopping.stops: break",
+            ),
+        ),
+        "`stopping.best` moves and is in no checkpoint; carry it",
+    ),
     "a count of evaluations in an object": (
         edited(
             piece("EarlyStopping", f"{LOADER}stopping = EarlyStopping()"),
