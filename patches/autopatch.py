@@ -33,6 +33,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from check import blanked, has_call_sites, omissions, report
 from files import apply, drop_backup, write
 from lines import (
     MARK,
@@ -2349,7 +2350,7 @@ def patched(script: Script, insertions: Sequence[Insertion]) -> bytes:
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
-        _run(options, options.script)
+        return _run(options, options.script)
     except NothingToPatch as error:
         print(json.dumps({"found": False, "why": str(error)}) if options.json else error)
         return 1
@@ -2357,7 +2358,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = f"cannot read or write: {error}" if isinstance(error, OSError) else error
         print(f"autopatch: {reason}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -2394,8 +2394,10 @@ def _parts(text: str) -> tuple[str, ...]:
     return parts
 
 
-def _run(options: argparse.Namespace, path: Path) -> None:
+def _run(options: argparse.Namespace, path: Path) -> int:
     data = path.read_bytes()
+    if options.check and has_call_sites(data):
+        return _check(options, path.name, data)
     if options.reverse:
         _reverse(path, data)
     elif options.patch:
@@ -2406,6 +2408,16 @@ def _run(options: argparse.Namespace, path: Path) -> None:
     else:
         result, found = patch(data, path.name, options.only)
         _show(options, path, data, result, found)
+    return 0
+
+
+def _check(options: argparse.Namespace, name: str, data: bytes) -> int:
+    """What is missing or misplaced in a script that has call sites already."""
+    rest = blanked(data, name)
+    found = omissions(data, rest, plan(Script(rest, name), options.only).insertions)
+    record = {"found": True, "omissions": [asdict(each) for each in found]}
+    print(json.dumps(record, indent=2) if options.json else report(found, name))
+    return int(any(not each.is_advice for each in found))
 
 
 def _show(options: argparse.Namespace, path: Path, data: bytes, result: bytes, found: Plan) -> None:

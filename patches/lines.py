@@ -195,7 +195,7 @@ def weave(data: bytes, added: Mapping[int, Sequence[str]], name: str) -> bytes:
     result = mark + b"".join(out)
     if reverse(result, name) != data:
         raise PatchError(
-            f"{name}: cannot be taken back: it has lines of ours, or one added does not end in {MARK!r}"
+            f"{name}: cannot be taken back: lines of it are ours, or do not end in {MARK!r}"
         )
     return result
 
