@@ -3,7 +3,8 @@
     python autopatch.py train.py              print the diff; nothing is written
     python autopatch.py train.py --write      apply it, keep a backup, copy observability.py to it
     python autopatch.py train.py --reverse    give back the original, byte for byte
-    python autopatch.py train.py --check      what was found, how surely, and what was left out
+    python autopatch.py train.py --check      what was found, how surely, and what was left out;
+                                              of a script with call sites what they lack
     python autopatch.py train.py --only log,resume
     python autopatch.py train.py --patch FILE     apply a ready patch, pinned by sha256
 
@@ -14,7 +15,8 @@ flow nowhere but in the guards `if obs.skip_epoch(): continue`, `if obs.skip_bat
 Where that cannot be kept, the line is left out and said, with its number and the reason.
 
 For other programs: `patch(source)` gives the patched bytes and the plan, `reverse(source)` the
-original. Exit status: 0 found, 1 nothing to patch in this file (it says where to look), 2 error.
+original. Exit status: 0 found, 1 nothing to patch in this file (it says where to look) or, of
+`--check`, a call site is missing, 2 error.
 """
 
 from __future__ import annotations
@@ -2363,7 +2365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
-        epilog="exit status: 0 found, 1 nothing to patch, 2 error",
+        epilog="exit status: 0 found, 1 nothing to patch or a call site is missing, 2 error",
     )
     parser.add_argument("script", type=Path, help="the training script")
     what = parser.add_mutually_exclusive_group()
@@ -2394,7 +2396,12 @@ def _parts(text: str) -> tuple[str, ...]:
     return parts
 
 
+LARGEST = 4_000_000  # bytes: more takes more than a few seconds, and no script has them
+
+
 def _run(options: argparse.Namespace, path: Path) -> int:
+    if (size := path.stat().st_size) > LARGEST:
+        raise PatchError(f"{path}: {size / 1e6:.1f} MB are no training script; it is as it was")
     data = path.read_bytes()
     if options.check and has_call_sites(data):
         return _check(options, path.name, data)

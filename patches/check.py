@@ -126,14 +126,14 @@ def blanked(data: bytes, name: str) -> bytes:
 
 
 def _blocks(node: ast.AST, known: set[str]) -> Iterator[list[ast.stmt]]:
+    """Each block in a node, but none of a statement that goes whole."""
     for field in ("body", "orelse", "finalbody", "handlers", "cases"):
         block = getattr(node, field, None)
-        if isinstance(block, list):
-            if field in ("body", "orelse", "finalbody"):
-                yield block
-            for child in block:
-                if not _is_ours(child, known):
-                    yield from _blocks(child, known)
+        block = block if isinstance(block, list) else []
+        if field not in ("handlers", "cases"):
+            yield block
+        for child in (child for child in block if not _is_ours(child, known)):
+            yield from _blocks(child, known)
 
 
 def _is_ours(stmt: ast.stmt, known: set[str]) -> bool:
@@ -158,19 +158,31 @@ def omissions(data: bytes, rest: bytes, added: Sequence[Added]) -> list[Omission
     found = list(_too_early(there))
     for item in added:
         site = _site(item, rest)
-        found += _compared(item, site, there) if site else []
+        line = _behind_ours(item, split_lines(data), split_lines(rest))
+        found += _compared(line, f"{item.code}  {MARK}", site, there) if site else []
     found = [replace(o, add=re.sub(r"\bobs\b(?=\.)", known, o.add)) for o in found]
     return sorted(dict.fromkeys(found), key=lambda o: o.line)
 
 
 def report(found: Sequence[Omission], name: str) -> str:
-    rows = [
-        f"{name}:{o.line}: {'advice: ' if o.is_advice else ''}{o.text}\n    add: {o.add}"
-        for o in found
-    ]
+    rows = []
+    for o in found:
+        is_absent = re.search("missing|lacks", o.text)
+        rows.append(f"{name}:{o.line}: {'advice: ' * o.is_advice}{o.text}")
+        rows.append(f"    {'add before this line' if is_absent else 'as it should be'}: {o.add}")
     missing = sum(not o.is_advice for o in found)
-    said = f"{missing} call sites are missing or misplaced" if missing else "nothing is missing"
-    return "\n".join([*rows, f"{name}: {said} among its call sites"])
+    said = f"missing or misplaced: {missing}" if missing else "nothing is missing"
+    return "\n".join([*rows, f"{name}: of the call sites {said}"])
+
+
+def _behind_ours(item: Added, given: Sequence[bytes], rest: Sequence[bytes]) -> int:
+    """The line of an added one, behind blanked ones that lie in a deeper block than it."""
+    line = item.line
+    while line <= len(given) and given[line - 1].strip() and not rest[line - 1].strip():
+        if len(given[line - 1]) - len(given[line - 1].lstrip()) <= len(item.indent):
+            break
+        line += 1
+    return line
 
 
 def _site(item: Added, rest: bytes) -> Site | None:
@@ -189,15 +201,14 @@ def _site(item: Added, rest: bytes) -> Site | None:
     return next(_sites(ast.parse(item.code), known, tuple(around)), None)
 
 
-def _compared(item: Added, site: Site, there: Sequence[Site]) -> Iterator[Omission]:
-    line, add = item.line, f"{item.code}  {MARK}"
+def _compared(line: int, add: str, site: Site, there: Sequence[Site]) -> Iterator[Omission]:
     same = [other for other in there if other.method == site.method]
     if site.method in GUARDS:
         others = ("ended",) if site.method == "ended" else ("skip_epoch", "skip_batch")
         if not [other for other in there if other.method in others and other.loop == site.loop]:
             yield Omission(line, f"the loop at line {site.loop} lacks {site.method}()", add)
     elif site.method == "step":
-        yield from _step(item.line, add, site, same)
+        yield from _step(line, add, site, same)
     elif not same and site.method != "log":
         text = f"{site.method}() is missing"
         yield Omission(line, text, add, is_advice=site.method == "validation")

@@ -305,6 +305,14 @@ def test_a_large_file_is_read_in_a_moment(script):
     assert script.read_text() == text.replace(SCRIPT, REVERSED)
 
 
+@pytest.mark.parametrize("option", ["--reverse", "--write", "--check", "--pin"])
+def test_a_file_of_ten_megabytes_is_no_script(script, option):
+    script.write_text(SCRIPT + "x = 1\n" * 1_700_000)
+    done = python(TOOL, script, option)
+    assert (done.returncode, "no training script" in done.stderr) == (2, True)
+    assert script.stat().st_size > 10_000_000
+
+
 @pytest.mark.parametrize("option", ["--reverse", "--write"])
 def test_a_read_only_file_is_left_as_it_was(script, option):
     shape = (ROOT / "tests/shapes/nested_main.py").read_text()
