@@ -3,7 +3,8 @@
     python autopatch.py train.py              print the diff; nothing is written
     python autopatch.py train.py --write      apply it, keep a backup, copy observability.py to it
     python autopatch.py train.py --reverse    give back the original, byte for byte
-    python autopatch.py train.py --check      what was found, how surely, and what was left out
+    python autopatch.py train.py --check      what was found, how surely, and what was left out;
+                                              of a script with call sites what they lack
     python autopatch.py train.py --only log,resume
     python autopatch.py train.py --patch FILE     apply a ready patch, pinned by sha256
 
@@ -14,7 +15,8 @@ flow nowhere but in the guards `if obs.skip_epoch(): continue`, `if obs.skip_bat
 Where that cannot be kept, the line is left out and said, with its number and the reason.
 
 For other programs: `patch(source)` gives the patched bytes and the plan, `reverse(source)` the
-original. Exit status: 0 found, 1 nothing to patch in this file (it says where to look), 2 error.
+original. Exit status: 0 found, 1 nothing to patch in this file (it says where to look) or, of
+`--check`, a call site is missing, 2 error.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from check import blanked, has_call_sites, omissions, report
 from files import apply, drop_backup, in_package, write
 from lines import (
     MARK,
@@ -2426,7 +2429,7 @@ def patched(script: Script, insertions: Sequence[Insertion]) -> bytes:
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
-        _run(options, options.script)
+        return _run(options, options.script)
     except NothingToPatch as error:
         print(json.dumps({"found": False, "why": str(error)}) if options.json else error)
         return 1
@@ -2434,13 +2437,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = f"cannot read or write: {error}" if isinstance(error, OSError) else error
         print(f"autopatch: {reason}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
-        epilog="exit status: 0 found, 1 nothing to patch, 2 error",
+        epilog="exit status: 0 found, 1 nothing to patch or a call site is missing, 2 error",
     )
     parser.add_argument("script", type=Path, help="the training script")
     what = parser.add_mutually_exclusive_group()
@@ -2471,8 +2473,15 @@ def _parts(text: str) -> tuple[str, ...]:
     return parts
 
 
-def _run(options: argparse.Namespace, path: Path) -> None:
+LARGEST = 4_000_000  # bytes: more takes more than a few seconds, and no script has them
+
+
+def _run(options: argparse.Namespace, path: Path) -> int:
+    if (size := path.stat().st_size) > LARGEST:
+        raise PatchError(f"{path}: {size / 1e6:.1f} MB are no training script; it is as it was")
     data = path.read_bytes()
+    if options.check and has_call_sites(data):
+        return _check(options, path.name, data)
     if options.reverse:
         _reverse(path, data)
     elif options.patch:
@@ -2483,6 +2492,16 @@ def _run(options: argparse.Namespace, path: Path) -> None:
     else:
         result, found = patch(data, path.name, options.only, in_package(path, data))
         _show(options, path, data, result, found)
+    return 0
+
+
+def _check(options: argparse.Namespace, name: str, data: bytes) -> int:
+    """What is missing or misplaced in a script that has call sites already."""
+    rest = blanked(data, name)
+    found = omissions(data, rest, plan(Script(rest, name), options.only).insertions)
+    record = {"found": True, "omissions": [asdict(each) for each in found]}
+    print(json.dumps(record, indent=2) if options.json else report(found, name))
+    return int(any(not each.is_advice for each in found))
 
 
 def _show(options: argparse.Namespace, path: Path, data: bytes, result: bytes, found: Plan) -> None:

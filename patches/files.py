@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from lines import DROP_IN, PatchError
+from lines import PatchError
 
 __all__ = ["apply", "backup", "drop_backup", "in_package", "write"]
 
@@ -127,7 +127,7 @@ def backup(path: Path, data: bytes) -> tuple[Path, bool]:
     """`train.py.before-observability`, numbered if that name holds something else; is it new?"""
     path = path.resolve()
     for number in itertools.chain([""], map("-{}".format, itertools.count(2))):
-        place = path.with_name(f"{path.name}.before-{DROP_IN}{number}")
+        place = path.with_name(f"{path.name}.before-observability{number}")
         if not os.path.lexists(place):
             place.write_bytes(data)
             shutil.copymode(path, place)
@@ -141,6 +141,6 @@ def drop_backup(path: Path, data: bytes) -> None:
     """Delete the backups of exactly this content."""
     path = path.resolve()
     for place in path.parent.iterdir():
-        is_one = place.name.startswith(f"{path.name}.before-{DROP_IN}") and place.is_file()
+        is_one = place.name.startswith(f"{path.name}.before-observability") and place.is_file()
         if is_one and place.read_bytes() == data:
             place.unlink()

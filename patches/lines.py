@@ -22,7 +22,6 @@ import difflib
 import functools
 import hashlib
 import io
-import itertools
 import re
 import tokenize
 import warnings
@@ -30,14 +29,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MARK", "PatchError", "called_on", "is_marked", "marked_in", "marked_numbers"]
-__all__ += ["compiled", "decoded", "ends_a_line", "parse_error", "reverse", "split_lines"]
-__all__ += ["apply_pinned", "pin", "unified", "weave"]
+__all__ = ["MARK", "PatchError", "is_marked", "marked_in", "marked_numbers", "reverse", "weave"]
+__all__ += ["apply_pinned", "compiled", "decoded", "parse_error", "pin", "split_lines", "unified"]
 
 MARK = "# observability"
-DROP_IN = "observability"
-GUARDS = ("skip_epoch", "skip_batch", "ended")
-ENDS_MARKED = re.compile(rb"# observability(?:[\r\n]|\Z)")
 LAYOUT = (tokenize.INDENT, tokenize.DEDENT, tokenize.NEWLINE, tokenize.NL, tokenize.ENDMARKER)
 # What a parser raises at a script that it cannot read; a deep nesting is one of them.
 UNPARSABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
@@ -51,12 +46,12 @@ class PatchError(Exception):
 def is_marked(row: bytes) -> bool:
     """Whether a line, by itself, has our form and our ending; its file may yet say otherwise."""
     text = row.decode("utf-8", "replace").rstrip("\r\n")
-    return text.endswith(MARK) and bool(called_on(statement(text)))
+    return text.endswith(MARK) and called_on(statement(text)) != ""
 
 
 def marked_numbers(data: bytes, name: str = "train.py") -> frozenset[int]:
     """The numbers of a script's marked lines, from 1; PatchError if it cannot be read."""
-    if not ENDS_MARKED.search(data):
+    if not re.search(rb"# observability(?:[\r\n]|\Z)", data):
         return frozenset()
     _, rows = decoded(data, name)
     found = {number: statement(rows[number - 1]) for number in ends_marked(rows, name)}
@@ -90,29 +85,25 @@ def called_on(stmt: ast.stmt | None) -> str:
     """The name by which a statement of our forms binds or calls the drop-in; '' for others."""
     match stmt:
         case ast.Import(names=[alias]) | ast.ImportFrom(names=[alias]):
-            known = alias.name == DROP_IN and alias.asname in (None, "obs")
+            known = alias.name == "observability" and alias.asname in (None, "obs")
             return (alias.asname or alias.name) if known else ""
         case ast.If(test=test, body=[ast.Continue() | ast.Break()], orelse=[]):
-            return _called(test, GUARDS)
+            return _called(test, ("skip_epoch", "skip_batch", "ended"))
         case ast.For(iter=source, body=[ast.Pass()], orelse=[]):
             return "".join({_called(node, ("resume",)) for node in ast.walk(source)})
         case ast.Assign(targets=[_], value=call):
             return _called(call, ("resume",))
-        case (
-            ast.Expr(value=call)
-            | ast.If(body=[ast.Expr(value=call)], orelse=[])
-            | ast.For(body=[ast.Expr(value=call)], orelse=[])
-        ):
+        case ast.Expr(value=call) | ast.If(body=[ast.Expr(value=call)], orelse=[]):
+            return _called(call)
+        case ast.For(body=[ast.Expr(value=call)], orelse=[]):
             return _called(call)
     return ""
 
 
 def _called(node: ast.AST, methods: Sequence[str] = ()) -> str:
     """`obs` of `obs.step(...)`, if it is one of these methods."""
-    match node:
-        case ast.Call(
-            func=ast.Attribute(value=ast.Name(id="obs" | "observability" as name), attr=method)
-        ):
+    match getattr(node, "func", None):
+        case ast.Attribute(value=ast.Name(id="obs" | "observability" as name), attr=method):
             return name if not methods or method in methods else ""
     return ""
 
@@ -146,8 +137,8 @@ def _tokens(rows: Sequence[str], name: str) -> Iterator[tokenize.TokenInfo]:
     except (tokenize.TokenError, *UNPARSABLE) as error:
         why = getattr(error, "msg", None) or error.args[0]
         raise PatchError(
-            f"{name}:{number}: cannot be read as Python from here on ({why}), and so it is not "
-            f"known which lines that end in {MARK!r} are ours; the file is as it was"
+            f"{name}:{number}: cannot be read as Python from here on ({why}), so that no line "
+            f"which ends in {MARK!r} is known to be ours; the file is as it was"
         ) from error
 
 
@@ -182,12 +173,17 @@ def decoded(data: bytes, name: str) -> tuple[str, list[str]]:
 def weave(data: bytes, added: Mapping[int, Sequence[str]], name: str) -> bytes:
     """The script with lines added, each before the line of its number; checked both ways."""
     encoding, _ = decoded(data, name)
+    try:
+        lines = {at: [text.encode(encoding) for text in texts] for at, texts in added.items()}
+    except UnicodeEncodeError as error:
+        raise PatchError(f"{name}: {error.object!r} does not fit its encoding") from error
     mark, rows = _rows(data)
+    if beyond := [number for number in lines if number > len(rows) + 1]:
+        raise PatchError(f"{name}: the script has no line {beyond[0]}")
     out: list[bytes] = []
     eol = _end(rows[0] if rows else b"") or b"\n"
     for number, row in enumerate([*rows, b""], 1):
-        for text in added.get(number, ()):
-            line = _encoded(text, encoding, name)
+        for line in lines.get(number, ()):
             if out and not ends_a_line(out[-1]):  # `reverse` takes this end away again
                 out[-1] += eol
                 out.append(line)
@@ -199,8 +195,7 @@ def weave(data: bytes, added: Mapping[int, Sequence[str]], name: str) -> bytes:
     result = mark + b"".join(out)
     if reverse(result, name) != data:
         raise PatchError(
-            f"{name}: the patch could not be taken back byte for byte: a line of the script is one "
-            f"of ours already, or one of the patch does not end in {MARK!r}; nothing was written"
+            f"{name}: cannot be taken back: lines of it are ours, or do not end in {MARK!r}"
         )
     return result
 
@@ -235,21 +230,13 @@ def unified(before: bytes, after: bytes, name: str, context: int = 3) -> str:
     """The diff, to be read; it is of bytes that are cut where Python cuts them."""
     old, new = ([row.decode("utf-8", "replace") for row in split_lines(d)] for d in (before, after))
     lines = difflib.unified_diff(old, new, f"a/{name}", f"b/{name}", n=context)
-    last = "\n\\ No newline at end of file\n"
-    return "".join(line if line.endswith("\n") else line + last for line in lines)
+    return "".join(re.sub(r"(?<!\n)\Z", "\n\\\\ No newline at end of file\n", x) for x in lines)
 
 
 def _rows(data: bytes) -> tuple[bytes, list[bytes]]:
     """A byte order mark, which stays in front of all, and the lines behind it."""
     body = data.removeprefix(codecs.BOM_UTF8)
     return data[: len(data) - len(body)], split_lines(body)
-
-
-def _encoded(text: str, encoding: str, name: str) -> bytes:
-    try:
-        return text.encode(encoding)
-    except UnicodeEncodeError as error:
-        raise PatchError(f"{name}: {text!r} does not fit its encoding {encoding}") from error
 
 
 # --- Ready patches, pinned to one file -------------------------------------------------------
@@ -261,14 +248,12 @@ def pin(before: bytes, after: bytes, name: str) -> str:
 
 def _hunks(after: bytes, name: str) -> Iterator[str]:
     _, rows = decoded(after, name)
-    numbers, count = marked_numbers(after, name), 0
-    for marked, run in itertools.groupby(enumerate(rows, 1), lambda row: row[0] in numbers):
-        block = list(run)
-        if marked:
-            size = f",{len(block)}" if len(block) > 1 else ""
-            yield f"@@ -{block[0][0] - 1 - count},0 +{block[0][0]}{size} @@"
-            yield from (f"+{text}" for _, text in block)
-            count += len(block)
+    numbers = marked_numbers(after, name)
+    for count, number in enumerate(sorted(numbers)):
+        if number - 1 not in numbers:
+            size = next(n for n in range(1, len(rows) + 1) if number + n not in numbers)
+            yield f"@@ -{number - 1 - count},0 +{number}{f',{size}' if size > 1 else ''} @@"
+        yield f"+{rows[number - 1]}"
 
 
 def apply_pinned(data: bytes, patch: str, name: str) -> bytes:
@@ -276,12 +261,12 @@ def apply_pinned(data: bytes, patch: str, name: str) -> bytes:
     wanted = dict(re.findall(r"^# ([\w-]+): (\S+)", patch, re.M))
     if "sha256" not in wanted:
         raise PatchError("the patch does not say `# sha256: …` of the file that it fits")
-    if _digest(data) != wanted["sha256"]:
-        if _digest(reverse(data, name)) == wanted["sha256"]:
+    if (digest := _digest(data)) != (target := wanted["sha256"]):
+        if _digest(reverse(data, name)) == target:
             raise PatchError(f"{name}: already patched; --reverse gives the original back")
         raise PatchError(
-            f"{name}: sha256 {_digest(data)[:12]}… is not the {wanted['sha256'][:12]}… that this "
-            f"patch was made for; run autopatch.py on the file instead"
+            f"{name}: sha256 {digest[:12]}… is not the {target[:12]}… that this patch was made "
+            f"for; run autopatch.py on the file instead"
         )
     result = weave(data, _added_lines(patch), name)
     if wanted.get("patched-sha256", _digest(result)) != _digest(result):
@@ -299,8 +284,7 @@ def _added_lines(patch: str) -> dict[int, list[str]]:
             added.setdefault(line, []).append(row[1:])
         elif row.startswith(("-", "@@", " ")) and not row.startswith("---"):
             raise PatchError(
-                "this patch removes a line or needs lines of the script; only added "
-                "lines with no context are taken"
+                "this patch removes a line or needs context; only added lines are taken"
             )
     return added
 

@@ -798,7 +798,7 @@ def test_pinned_patch_is_refused_on_any_other_file(script, pinned):
 @pytest.mark.parametrize(
     ("old", "new", "why"),
     [
-        ("+    obs.finish()  # observability", "+    obs.finish()", "does not end in"),
+        ("+    obs.finish()  # observability", "+    obs.finish()", "do not end in"),
         (
             "+    obs.finish()  # observability",
             "-    obs.finish()  # observability",

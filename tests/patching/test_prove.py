@@ -15,6 +15,7 @@ import pytest
 import recorder
 import torch
 from conftest import MAINRUN, ROOT, forks, python
+from lines import reverse
 
 TOOLS = ROOT / "patches"
 SHAPES = {path.stem: path for path in sorted((ROOT / "tests/shapes").glob("*.py"))}
@@ -72,6 +73,15 @@ def prove_script(script: Path, **options):
     return prove.prove(prove.Options(script, **options), run_in_a_fork)
 
 
+def prove_wrong(script: Path, *changes: tuple[str, str], **options):
+    """A patch that does more than a patch may, against the script without any."""
+    mine = script.with_name("mine.py")
+    mine.write_bytes(script.read_bytes())
+    edit(mine, *changes)
+    script.write_bytes(reverse(script.read_bytes()))
+    return prove_script(script, patched=mine, **options)
+
+
 def run_tool(*arguments, **environment):
     return python(TOOLS / "prove.py", *arguments, env={**os.environ, **environment})
 
@@ -105,8 +115,7 @@ def test_the_reference_recipe_is_identical():
 
 def test_a_single_random_number_is_found_with_its_step_and_both_values(script):
     line = "    start = start + 4\n"
-    edit(script, (line, f"{line}    if step == 3: torch.rand(1)  # observability\n"))
-    report = prove_script(script)
+    report = prove_wrong(script, (line, f"{line}    if step == 3: torch.rand(1)\n"))
     found = report["first_difference"]
     assert report["verdict"] == "differs"
     assert (found["step"], found["kind"]) == (5, "loss")
@@ -126,8 +135,7 @@ def test_a_single_random_number_is_found_with_its_step_and_both_values(script):
     ids=["a weight", "a setting", "moments", "torch's generator", "python's generator"],
 )
 def test_a_change_after_the_last_step_is_found_by_its_name(script, change, said):
-    edit(script, ("obs.finish()  #", f"obs.finish(); {change}  #"))
-    report = prove_script(script, pairs=1)
+    report = prove_wrong(script, ("obs.finish()  #", f"obs.finish(); {change}  #"), pairs=1)
     assert (report["verdict"], report["first_difference"]["kind"]) == ("differs", "end")
     assert report["first_difference"]["place"].startswith(said)
 
@@ -152,8 +160,9 @@ def test_a_script_that_differs_from_itself_is_said_to_and_by_how_far(script):
 
 
 def test_beyond_its_own_drift_a_script_still_differs(script):
-    edit(script, (MEAN, NOISE), ("obs.watch(", "model[2].bias.data.add_(100); obs.watch("))
-    assert prove_script(script)["verdict"] == "differs"
+    edit(script, (MEAN, NOISE))
+    fault = ("obs.watch(", "model[2].bias.data.add_(100); obs.watch(")
+    assert prove_wrong(script, fault)["verdict"] == "differs"
 
 
 # --- Kills ----------------------------------------------------------------------------------------
@@ -276,8 +285,7 @@ def test_parameters_that_have_no_values_yet_are_no_hindrance(script):
 
 
 def test_a_patch_that_fails_differs(script):
-    edit(script, ("obs.init(", "raise KeyError('mine'); obs.init("))
-    report = prove_script(script)
+    report = prove_wrong(script, ("obs.init(", "raise KeyError('mine'); obs.init("))
     assert (report["verdict"], "KeyError: 'mine'" in report["why"]) == ("differs", True)
 
 
