@@ -61,7 +61,7 @@ def in_a_fork(job: recorder.Job) -> None:
     os._exit(code)
 
 
-def run_in_a_fork(job: recorder.Job) -> int:
+def run_in_a_fork(job: recorder.Job, tick) -> int:
     process = forks().Process(target=in_a_fork, args=(job,))
     process.start()
     process.join()
