@@ -135,7 +135,9 @@ class Recording:
 
     @property
     def failed_save(self) -> str:
-        said = re.search(r"^observability: (.*(?:was not saved|failed).*)", self.output, re.M)
+        said = re.search(
+            r"^observability: (.* was not saved.*|save\(\) failed.*)", self.output, re.M
+        )
         return said[1] if said else ""
 
     @property
@@ -153,7 +155,7 @@ class Recording:
     def check(self, script: Path) -> None:
         if self.code:
             raise Unanswered(f"{script} is not patched yet: {self.failure}")
-        for entry in self.of(*COMPARED):
+        for entry in self.of("loss", "end"):
             if entry.bits.startswith(UNREADABLE):
                 raise Unanswered(
                     f"{script} has a tensor that cannot be read, {entry.kind} "
@@ -444,21 +446,20 @@ class Kills:
             self.run(self.bench)
         assert self.whole is not None
         runs = [self.whole, *self.parts]
+        failed = next((run.failed_save for run in runs if run.failed_save), "")
         broken = next((run.failure for run in runs if run.code not in (0, -signal.SIGKILL)), "")
-        alone = None if self.whole.code else masks.difference(self.whole)
-        if alone or not self.parts:
-            self.found, why = self.found or alone, "saving alone changes the run"
-        else:
-            why = "no kill left a checkpoint to resume from"
-        resumed = any(run["resumed_at"] is not None for run in self.runs)
         appended = self.written_in_part(masks)
-        found = self.found or self.said_otherwise(masks, appended)
-        differs = found or broken
-        if (found and not (alone or not self.parts)) or (resumed and not differs):
-            why = ""
+        alone = masks.difference(self.whole) if self.parts else self.found
+        found = self.found or alone or self.said_otherwise(masks, appended)
+        if broken or found:
+            verdict, why = "differs", "saving alone changes the run" if alone else ""
+        elif any(run["resumed_at"] is not None for run in self.runs):
+            verdict, why = "identical", ""
+        else:
+            verdict, why = "unanswered", "no kill left a checkpoint to resume from"
         return {
-            "verdict": "differs" if differs else "identical" if resumed else "unanswered",
-            "why": next((run.failed_save for run in runs if run.failed_save), broken or why),
+            "verdict": verdict,
+            "why": failed or broken or why,
             "first_difference": found,
             "runs": self.runs,
             "save_interval": self.every,
@@ -733,8 +734,6 @@ class Progress:
         self.show(number, record, share)
         del self.under_way[number]
         self.done += share
-        if sys.stderr.isatty() and self.done > self.planned - 0.01:
-            tell("", end="\n")
 
     def line(self, now: float) -> str:
         runs = dict(self.under_way)
@@ -798,6 +797,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = prove(Options(**asked, args=given[cut + 1 :]))
     except Unanswered as error:
         report = {"verdict": "unanswered", "why": str(error)}
+    if sys.stderr.isatty():  # the bar stays
+        print(file=sys.stderr)
     report = finite({"script": str(asked["script"]), **report})
     print(json.dumps(report, indent=2) if as_json else "\n".join(sentences(report)))
     verdicts = {report["verdict"], report.get("resume", report)["verdict"]}

@@ -69,8 +69,9 @@ class Entry(NamedTuple):
         return (*self[:3], self.place if self.kind == "end" else "")
 
     def __str__(self) -> str:
-        place = f" {self.place}" if self.kind == "end" else ""
-        return f"{self.kind}{place} {'' if self.value is None else self.value} {self.bits}".strip()
+        place = self.place if self.kind == "end" else ""
+        value = "" if self.value is None else str(self.value)
+        return " ".join(filter(None, (self.kind, place, value, self.bits)))
 
 
 class Enough(BaseException):

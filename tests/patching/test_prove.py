@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -178,7 +179,7 @@ def test_a_line_that_only_the_patched_script_prints_so_is_found_with_both_texts(
     report = prove_script(script, pairs=1)
     found = report["first_difference"]
     assert (report["verdict"], found["kind"], found["step"]) == ("differs", "line", 5)
-    assert (found["original"], found["patched"]) == ("line  seen 1", "line  seen 7")
+    assert (found["original"], found["patched"]) == ("line seen 1", "line seen 7")
 
 
 def test_a_number_beside_one_that_varies_is_still_compared(script):
@@ -187,7 +188,7 @@ def test_a_number_beside_one_that_varies_is_still_compared(script):
     report = prove_script(script)
     assert (report["verdict"], report["first_difference"]["step"]) == ("differs", 5)
     assert report["own_difference"] is None
-    assert report["own_line"]["original"].startswith("line  seen 1 of")
+    assert report["own_line"]["original"].startswith("line seen 1 of")
 
 
 CLOCKS = {
@@ -200,13 +201,17 @@ CLOCKS = {
     "its own line": "    print('train.py:%d' % sys._getframe().f_lineno)\n",
     "in a process": "    os.system(f'echo {time.time()}')\n",
     "in a file": "    open('now.txt', 'w').write(str(time.time()))\n",
+    "a bar's log": (
+        "    for _ in tqdm.tqdm(range(9), mininterval=1e-4, desc=str(time.time())):\n"
+        "        tqdm.tqdm.write(f'step {step}'); logging.warning('step %d', step)\n"
+    ),
     "dots": "    print('.', end='' if step % 5 else None)\n",
 }
 
 
 @pytest.mark.parametrize("line", CLOCKS.values(), ids=list(CLOCKS))
 def test_what_varies_or_comes_in_no_order_makes_no_difference(script, line):
-    modules = "import sys, tempfile, threading, time, warnings\n"
+    modules = "import logging, sys, tempfile, threading, time, tqdm, warnings\n"
     report = prove_script(say(script, line, modules), kill=2, pairs=1)
     assert (report["verdict"], report["resume"]["verdict"]) == ("identical", "identical"), report
 
@@ -306,7 +311,7 @@ def test_kills_find_a_file_that_lacks_what_came_before(script):
 def test_a_log_that_a_killed_run_goes_on_with_is_named_as_not_compared(script, mode):
     line = "    print(step, file=log, flush=True)\n"
     say(script, line, f"log = open('log.txt', '{mode}')\n")
-    resume = prove_script(script, kill=3, pairs=1)["resume"]
+    resume = prove_script(script, kill=9, pairs=1, seed=5)["resume"]
     assert (resume["verdict"], resume["files_not_compared"]) == ("identical", "log.txt")
 
 
@@ -314,7 +319,7 @@ def test_a_save_that_failed_is_the_reason(script):
     edit(script, ('"step": step}', '"step": step, "of": open}'))
     done = run_tool(script, "--kill", 1, "--pairs", 1)
     assert done.returncode == 2
-    assert "  resume: unanswered: step 1 was not saved: of is a " in done.stdout
+    assert re.search(r"^  resume: unanswered: step \d was not saved: of is a ", done.stdout, re.M)
     assert "left a checkpoint" not in done.stdout
 
 
