@@ -147,10 +147,12 @@ class Recording:
 
     @property
     def resumed(self) -> Entry | None:
-        return next((entry for entry in self.entries if entry.kind == "resume"), None)
+        return next(iter(self.of("resume")), None)
 
-    def since(self, mark: Entry | None) -> list[Entry]:
-        return self.entries[self.entries.index(mark) + 1 if mark else 0 :]
+    @property
+    def afterwards(self) -> list[Entry]:
+        """Since it resumed, if it did."""
+        return self.entries[self.entries.index(self.resumed) + 1 if self.resumed else 0 :]
 
     def check(self, script: Path) -> None:
         if self.code:
@@ -292,6 +294,7 @@ class Masks:
     def __init__(self, originals: Sequence[Recording]) -> None:
         first, *others = originals
         self.wandering: set[str] = set()  # templates of lines that come by the clock
+        self.loose_slots: set[int] = set()  # between which entries some came
         for other in others:
             self._find_wandering(transcript(first.entries), transcript(other.entries))
         self.lines = self.settled(transcript(first.entries))
@@ -314,6 +317,7 @@ class Masks:
             one, other = counts[0][slot], counts[1][slot]
             if one.total() != other.total():
                 self.wandering |= {*(one - other), *(other - one)}
+                self.loose_slots.add(slot)
 
     def settled(self, lines: Mapping[Place, Entry]) -> dict[Place, Entry]:
         """Without those that come by the clock, numbered anew."""
@@ -350,8 +354,10 @@ class Masks:
         theirs = self.settled(theirs)
         for place in sorted(self.lines.keys() | theirs.keys()):
             one, other = self.lines.get(place), theirs.get(place)
-            inside = since <= place and place[0] < until and place not in self.free
-            if inside and not (one and other and self.equal(one.bits, other.bits)):
+            free = place in self.free or place[0] in self.loose_slots
+            if free or place < since or place[0] >= until:
+                continue
+            if not (one and other and self.equal(one.bits, other.bits)):
                 return _difference(one, other)
         return None
 
@@ -426,7 +432,7 @@ class Kills:
         """Find where in the uninterrupted run a process began, and compare from there on."""
         assert self.whole is not None
         whole, mark = self.whole.of(*COMPARED, "at"), part.resumed
-        entries = [each for each in part.since(mark) if each.kind in (*COMPARED, "at")]
+        entries = [each for each in part.afterwards if each.kind in (*COMPARED, "at")]
         at = int(mark.bits) if mark else 0
         slot = sum(entry.kind in COMPARED for entry in whole[:at])
         self.places.append((slot, int(mark.value or 0) if mark else 0))
@@ -469,8 +475,8 @@ class Kills:
 
     def said_otherwise(self, masks: Masks, appended: Sequence[str]) -> Difference | None:
         for part, since in zip(self.parts, self.places, strict=True):
-            lines = transcript(part.since(part.resumed), since)
-            through = since[0] + sum(e.kind in COMPARED for e in part.since(part.resumed))
+            lines = transcript(part.afterwards, since)
+            through = since[0] + sum(entry.kind in COMPARED for entry in part.afterwards)
             found = masks.line_difference(lines, since, math.inf if part.code == 0 else through)
             if found:
                 return found
@@ -484,7 +490,7 @@ class Kills:
         names = {entry.place for entry in opened if entry.bits == "part"}
         last = self.parts[-1] if self.parts else None
         if last is not None and last.resumed is not None:
-            late = {entry.place for entry in last.since(last.resumed) if entry.kind == "open"}
+            late = {entry.place for entry in last.afterwards if entry.kind == "open"}
             names |= {entry.place for entry in last.of("open")} - late
         return sorted(
             name

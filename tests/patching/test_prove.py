@@ -323,6 +323,13 @@ def test_a_save_that_failed_is_the_reason(script):
     assert "left a checkpoint" not in done.stdout
 
 
+def test_a_run_that_fails_when_it_resumes_differs(script):
+    begins = "while step < 10:\n"
+    edit(script, (begins, f"if step: raise KeyError('late')  # observability\n{begins}"))
+    resume = prove_script(script, kill=2, pairs=1)["resume"]
+    assert (resume["verdict"], "KeyError: 'late'" in resume["why"]) == ("differs", True)
+
+
 EPOCHS = """
 for epoch in range(3):
     if obs.skip_epoch(epoch): continue  # observability
