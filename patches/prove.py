@@ -529,8 +529,9 @@ def kill_points(entries: Sequence[Entry]) -> dict[str, list[int]]:
     points["at the last step"].append(at[-1][0])
     others = {point for taken in points.values() for point in taken}
     points["in an epoch"] = [point for point in within if point not in others]
-    # From the first checkpoint to the last step: what has completed is not resumed.
-    span = range(min(points[AFTER_SAVE], default=0), at[-1][0] + 1)
+    # From the first checkpoint to the last step or evaluation: what has completed is not resumed.
+    last = max(at[-1][0], *points["in an evaluation"], 0)
+    span = range(min(points[AFTER_SAVE], default=0), last + 1)
     return {name: [point for point in taken if point in span] for name, taken in points.items()}
 
 
@@ -664,7 +665,7 @@ class Bench:
         entries = list(self._entries(result)) if result.exists() else []
         if code < 0:  # a kill may leave a journal whose last line is torn
             return Recording(code, output, entries, {}, alone=self.alone)
-        return Recording(code, output, entries, self._observed(), self._written(), self.alone)
+        return Recording(code, output, entries, self._observed(), self._written(source), self.alone)
 
     def _tidy(self, text: str) -> str:
         """Without the folder's own place and the script's lines, which the patch has moved."""
@@ -681,10 +682,10 @@ class Bench:
             elif entry.place.startswith(f"{self.folder}{os.sep}"):
                 yield entry._replace(place=os.path.relpath(entry.place, self.folder))
 
-    def _written(self) -> dict[str, str]:
+    def _written(self, source: bytes) -> dict[str, str]:
         """Digests of the files that are new or were written to since the copy was made."""
         return {
-            name: digest(path, self.folder)
+            name: digest(path, self.folder, source)
             for name, path in self._files()
             if path != self.script and self.placed.get(name) != stamp(path)
         }
@@ -700,17 +701,16 @@ def stamp(path: Path) -> tuple[int, int]:
     return found.st_mtime_ns, found.st_size
 
 
-SMALL = 1 << 24  # bytes of a file in which the folder's own path is looked for
+SMALL = 1 << 24  # bytes that are read at once
 
 
-def digest(path: Path, folder: Path) -> str:
-    if path.stat().st_size <= SMALL:
-        data = path.read_bytes().replace(bytes(folder), b"")
-        return hashlib.sha256(data).hexdigest()[:32]
+def digest(path: Path, folder: Path, source: bytes) -> str:
+    whole = hashlib.sha256()
     with path.open("rb") as file:
-        whole = hashlib.sha256()
         while block := file.read(SMALL):
-            whole.update(block)
+            if block == source:
+                return "the script"  # which the patch has changed
+            whole.update(block.replace(bytes(folder), b""))
     return whole.hexdigest()[:32]
 
 

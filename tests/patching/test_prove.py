@@ -205,13 +205,14 @@ CLOCKS = {
         "    for _ in tqdm.tqdm(range(9), mininterval=1e-4, desc=str(time.time())):\n"
         "        tqdm.tqdm.write(f'step {step}'); logging.warning('step %d', step)\n"
     ),
+    "a copy of itself": "    shutil.copy(__file__, 'copy.py')\n",
     "dots": "    print('.', end='' if step % 5 else None)\n",
 }
 
 
 @pytest.mark.parametrize("line", CLOCKS.values(), ids=list(CLOCKS))
 def test_what_varies_or_comes_in_no_order_makes_no_difference(script, line):
-    modules = "import logging, sys, tempfile, threading, time, tqdm, warnings\n"
+    modules = "import logging, shutil, sys, tempfile, threading, time, tqdm, warnings\n"
     report = prove_script(say(script, line, modules), kill=2, pairs=1)
     assert (report["verdict"], report["resume"]["verdict"]) == ("identical", "identical"), report
 
