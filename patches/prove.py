@@ -77,6 +77,7 @@ class Options:
     steps: int | None = None
     kill: int = 0
     pairs: int = 2
+    nproc: int = 1
 
 
 def prove(options: Options, run: Runner | None = None) -> dict[str, Any]:
@@ -377,11 +378,10 @@ class Masks:
 
     def report(self) -> dict[str, Any]:
         masked = sum(map(bool, self.loose.values())) + len(self.free) + len(self.wandering)
+        left = {"kinds of line, in part": masked, "files": ", ".join(self.unlike)}
         return {
             "own_line": self.varies,
-            "not_compared": {"kinds of line, in part": masked, "files": ", ".join(self.unlike)}
-            if masked or self.unlike
-            else None,
+            "not_compared": {name: what for name, what in left.items() if what},
         }
 
 
@@ -582,7 +582,7 @@ class Bench:
     def has_room_for_two(self, original: Recording) -> bool:
         """Of processors; and a GPU's memory is all a script's."""
         gpu = any(entry.place.startswith("random cuda") for entry in original.of("end"))
-        return (os.cpu_count() or 1) > 1 and not gpu
+        return (os.cpu_count() or 1) > 1 and self.options.nproc == 1 and not gpu
 
     def side_by_side(self, one: Callable[[Bench], None], other: Callable[[Bench], None]) -> None:
         """Each in a folder of its own."""
@@ -651,6 +651,7 @@ class Bench:
             str(result.with_suffix(".log")),
             self.options.seed,
             self.options.steps,
+            nproc=self.options.nproc,
             **more,
         )
 
@@ -663,6 +664,12 @@ class Bench:
         self.progress.end(number, result, share)
         output = self._tidy(Path(job.log).read_text("utf-8", "replace"))
         entries = list(self._entries(result)) if result.exists() else []
+        if entries and entries[-1].kind == "killed":  # of torchrun's own end is no more to be said
+            code = -signal.SIGKILL
+        for path in sorted(self.work.glob(f"{result.name}.*")):  # where the other ranks end
+            rank = path.suffix.removeprefix(".")
+            ends = (entry for entry in self._entries(path) if entry.kind == "end")
+            entries += [entry._replace(place=f"rank {rank} {entry.place}") for entry in ends]
         if code < 0:  # a kill may leave a journal whose last line is torn
             return Recording(code, output, entries, {}, alone=self.alone)
         return Recording(code, output, entries, self._observed(), self._written(source), self.alone)
@@ -757,9 +764,11 @@ def fresh_process(job: Job, tick: Callable[[], None]) -> int:
     # A drop-in that is turned off proves nothing; sets of strings differ in order by the hash seed.
     given = {k: v for k, v in os.environ.items() if k not in ("OBS_DISABLE", "OBS_RESUME")}
     env = {"PYTHONHASHSEED": str(job.seed % 2**32), "OBS_PLOT_INTERVAL": "0", **given, **job.env}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.nproc}"]
+    launcher = torchrun if job.nproc > 1 else []
     with open(job.log, "wb") as log:
         process = subprocess.Popen(
-            [sys.executable, HERE / "recorder.py", asked],
+            [sys.executable, *launcher, HERE / "recorder.py", asked],
             cwd=job.root,
             env=env,
             stdin=subprocess.DEVNULL,
@@ -839,6 +848,13 @@ def _parser() -> argparse.ArgumentParser:
         default=2,
         metavar="N",
         help="runs of either script (2); the original runs twice at least, to see what varies",
+    )
+    add(
+        "--nproc",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes under torchrun; rank 0 is compared, and the end of the others",
     )
     add("--json", action="store_true", help="print the report as JSON")
     return parser

@@ -25,7 +25,7 @@ import time
 import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,14 @@ __all__ = ["COMPARED", "MARK", "Entry", "Job", "record"]
 
 MARK = "# observability"
 COMPARED = ("loss", "value", "step", "end")  # in their order; a line stands between two of them
-ASIDE = ("line", "open", "save", "eval")  # entries that do not count: clocks may decide how many
+ASIDE = (
+    "begin",
+    "line",
+    "open",
+    "save",
+    "eval",
+    "killed",
+)  # entries that do not count: clocks may decide how many
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,7 @@ class Job:
     log: str  # what the script prints
     seed: int
     steps: int | None = None
+    nproc: int = 1
     env: Mapping[str, str] = field(default_factory=dict)
     marks: bool = False  # note the drop-in's steps too, by which a resumed run finds its place,
     # its saves and evaluations, and which files are opened to be written
@@ -126,6 +134,7 @@ class Recorder:
 
             numpy.random.seed(job.seed % 2**32)
         self.began = time.perf_counter(), time.process_time()
+        self.write("begin", str(self.pid), None, "", 0)
 
     def note(
         self,
@@ -151,7 +160,16 @@ class Recorder:
         if self.noted == self.job.kill_after:
             if self.job.settled and self.marks is not None:
                 self.marks.run.settle()
-            os.kill(self.pid, signal.SIGKILL)
+            self.kill()
+
+    def kill(self) -> None:
+        """With the other ranks, which would be stopped gently."""
+        self.write("killed", "", None, "", self.steps)
+        for other in range(1, self.job.nproc):
+            first = Path(f"{self.job.record}.{other}").read_text().splitlines()[0]
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(Entry(*json.loads(first)).bits), signal.SIGKILL)
+        os.kill(self.pid, signal.SIGKILL)
 
     def write(self, kind: str, bits: str, value: float | None, place: str, step: int) -> None:
         now = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
@@ -371,4 +389,7 @@ def shortened(data: bytes) -> str:
 if __name__ == "__main__":
     if sys.platform == "linux":  # SIGKILL comes with the prover's end: PR_SET_PDEATHSIG is 1
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    sys.exit(record(Job(**json.loads(Path(sys.argv[1]).read_text()))))
+    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    if rank := int(os.environ["RANK"]) if job.nproc > 1 else 0:
+        job = replace(job, record=f"{job.record}.{rank}", kill_after=None)
+    sys.exit(record(job))

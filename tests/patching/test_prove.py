@@ -377,6 +377,51 @@ def test_the_report_is_json_on_request_and_steps_end_both(script):
     assert "run 2: patched" in done.stderr
 
 
+RANKS = """
+import os
+import torch
+import torch.distributed as dist
+import observability as obs  # observability
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(rank)
+obs.init(system_interval=0)  # observability
+model = torch.nn.Linear(4, 1)
+for p in model.parameters(): dist.broadcast(p.data, 0)
+model.register_buffer("seen", torch.zeros(()))
+optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+obs.watch(model, optimizer=optimizer)  # observability
+step = 0
+step = obs.resume(step=step)  # observability
+while step < 6:
+    loss = model(torch.randn(8, 4)).pow(2).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    for p in model.parameters(): dist.all_reduce(p.grad)
+    optimizer.step()
+    step += 1
+    if rank == 0: print("step", step, loss.item())
+    obs.step(step, loss=loss, carry={"step": step})  # observability
+obs.finish()  # observability
+dist.destroy_process_group()
+"""
+
+
+def test_the_end_of_every_rank_is_compared(script):
+    script.write_text(RANKS)
+    options = ["--nproc", 2, "--pairs", 1, "--json"]
+    done = run_tool(script, *options, "--kill", 1)
+    report = json.loads(done.stdout)
+    resume = report["resume"]
+    assert (report["verdict"], resume["verdict"]) == ("identical", "identical"), report
+    assert resume["runs"][1]["resumed_at"]
+    edit(script, ("obs.finish()  #", "model.seen += (rank == 1)  # observability\nobs.finish()  #"))
+    report = json.loads(run_tool(script, *options).stdout)
+    assert report["verdict"] == "differs", report
+    found = report["first_difference"]
+    assert (found["kind"], found["place"]) == ("end", "rank 1 Linear 0.seen")
+
+
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
 def test_a_terminal_shows_the_time_left(script):
     terminal, end = os.openpty()
