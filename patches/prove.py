@@ -3,6 +3,7 @@
     python prove.py train.py -- ARGS              the original and the patched script, both twice
     python prove.py train.py --steps 50 -- ARGS   the first 50 optimizer steps of each
     python prove.py train.py --kill 3 -- ARGS     and that a killed run comes to the same end
+    python prove.py train.py --nproc 2 -- ARGS    as torchrun starts it, with two processes
     python prove.py train.py --patched mine.py    another patch than the one autopatch.py makes
 
 Each run is a process of its own in a fresh copy of the script's folder, with the same seed. Noted
@@ -664,7 +665,7 @@ class Bench:
         self.progress.end(number, result, share)
         output = self._tidy(Path(job.log).read_text("utf-8", "replace"))
         entries = list(self._entries(result)) if result.exists() else []
-        if entries and entries[-1].kind == "killed":  # of torchrun's own end is no more to be said
+        if entries and entries[-1].kind == "killed":  # torchrun itself ends with 1
             code = -signal.SIGKILL
         for path in sorted(self.work.glob(f"{result.name}.*")):  # where the other ranks end
             rank = path.suffix.removeprefix(".")
