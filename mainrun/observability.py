@@ -2494,6 +2494,7 @@ class Checkpointer:
         elif "files" not in state:  # of another tool, whose script may have no skip_epoch()
             set_rng_state(saved, run.watched["generator"])
         self._carried.saved, self._carried.origin = saved["carry"], path
+        self._carried.ended = epoch if whole else None
         for sentence in state.get("inexact", ()):
             say(f"{path} was saved with this said: {sentence}")
         self.policy.last = state["steps"]
@@ -2512,7 +2513,7 @@ class Checkpointer:
         }
 
     def locals(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        return self._carried.give(given, in_epoch=self._loop.epoch is not None)
+        return self._carried.give(given, self._loop.epoch)
 
     def skip_epoch(self, epoch: Any) -> bool:
         """Whether a resumed run has done all of this epoch already."""
@@ -2874,9 +2875,10 @@ class CarriedLocals:
         self.now: dict[str, Any] = {}  # as of the last look
         self.saved: dict[str, Any] = {}  # of the checkpoint, yet to be given back
         self.origin: Path | None = None
+        self.ended: Any = None  # the epoch at whose end the checkpoint was made
         self.asked: dict[str, types.CodeType] = {}  # by which function
 
-    def give(self, defaults: Mapping[str, Any], in_epoch: bool) -> dict[str, Any]:
+    def give(self, defaults: Mapping[str, Any], epoch: Any) -> dict[str, Any]:
         """Each as it was saved, once; as given from then on."""
         absent = sorted(defaults.keys() - self.saved.keys() - self.asked.keys())
         if absent and self.origin is not None:
@@ -2886,7 +2888,9 @@ class CarriedLocals:
             )
         self.asked |= dict.fromkeys(defaults, caller().f_code)
         values = {name: self.saved.pop(name, value) for name, value in defaults.items()}
-        if in_epoch:  # before the loop they are what they begin with, not a state
+        if epoch is not None and self.ended not in (None, epoch):  # what it made ended with it
+            values |= {name: defaults[name] for name in defaults if is_made_here(name, caller())}
+        if epoch is not None:  # before the loop they are what they begin with, not a state
             self.given.update(values)
         return values
 
@@ -2922,6 +2926,12 @@ class CarriedLocals:
                 f"{', '.join(lost)}, which resume() asks for, cannot be seen from step(); "
                 f"give it carry={{{pairs}}}"
             )
+
+
+def is_made_here(name: str, frame: types.FrameType) -> bool:
+    """Whether the loop around that line binds it anew, or all of the function's call does."""
+    loops = [*loops_of(frame, parsed_file(frame.f_code.co_filename))]
+    return name in loops[-1].made_anew if loops else frame.f_code.co_name != "<module>"
 
 
 def is_plain(value: Any) -> bool:
@@ -3343,7 +3353,6 @@ class ScriptLoop:
         self.node, self.is_outermost, self.is_innermost = node, False, False
         self.code, self.line = frame.f_code, frame.f_lineno  # that is under way
         self.place = f"line {node.lineno} of {Path(frame.f_code.co_filename).name}"
-        self.over = names_of(node.iter) if isinstance(node, ast.For) else set()
         head = node.target if isinstance(node, ast.For) else node.test
         uses = [use for part in (head, *node.body) for use in uses_in(part)]
         first = dict(reversed(uses))
@@ -3363,6 +3372,10 @@ class ScriptLoop:
         self.tested = {name for test in tests for name in names_of(test)} - {"self"}
         of = [each.args[0] for each in calls if each.args and isinstance(each.args[0], ast.Name)]
         self.taken = [(each.id, each.lineno) for each in of]  # by next(), and where
+
+    @property
+    def over(self) -> set[str]:
+        return names_of(self.node.iter) if isinstance(self.node, ast.For) else set()
 
     def has(self, root: Place) -> bool:
         """Whether resume() is called in it, and not by way of its skip."""

@@ -2,8 +2,9 @@
 
     python recorder.py JOB.json
 
-It seeds the generators before the script does, and writes a line for each loss that is
-back-propagated, each float read off a tensor, each optimizer step, and each part of the end.
+It seeds the generators before the script does, and writes an entry for each loss that is
+back-propagated, each float read off a tensor, each optimizer step, each line that is printed, and
+each part of the end.
 """
 
 from __future__ import annotations
@@ -18,17 +19,28 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lines import marked_in
 
-__all__ = ["Entry", "Job", "record"]
+__all__ = ["COMPARED", "Entry", "Job", "record"]
+
+COMPARED = ("loss", "value", "step", "end")  # in their order; a line stands between two of them
+ASIDE = (
+    "begin",
+    "line",
+    "open",
+    "save",
+    "eval",
+    "killed",
+)  # entries that do not count: clocks may decide how many
 
 
 @dataclass(frozen=True)
@@ -42,16 +54,18 @@ class Job:
     log: str  # what the script prints
     seed: int
     steps: int | None = None
+    nproc: int = 1
     env: Mapping[str, str] = field(default_factory=dict)
-    marks: bool = False  # note the drop-in's steps too, by which a resumed run finds its place
+    marks: bool = False  # note the drop-in's steps too, by which a resumed run finds its place,
+    # its saves and evaluations, and which files are opened to be written
     kill_after: int | None = None  # entries, with those before the checkpoint that is resumed
-    settled: bool = False  # a checkpoint is waited for before the next step
+    settled: bool = False  # a checkpoint is waited for before the next step, and before the kill
 
 
 class Entry(NamedTuple):
     """Something that a run did."""
 
-    kind: str  # loss, value, step, end; done; of the drop-in at (its step) and resume (entries)
+    kind: str  # loss, value, step, end; line, open; done; of the drop-in at, save, eval, resume
     step: int  # optimizer steps so far, of a loss with the one under way
     bits: str
     value: float | None = None
@@ -63,8 +77,9 @@ class Entry(NamedTuple):
         return (*self[:3], self.place if self.kind == "end" else "")
 
     def __str__(self) -> str:
-        place = f" {self.place}" if self.kind == "end" else ""
-        return f"{self.kind}{place} {'' if self.value is None else self.value} {self.bits}".strip()
+        place = self.place if self.kind == "end" else ""
+        value = "" if self.value is None else str(self.value)
+        return " ".join(filter(None, (self.kind, place, value, self.bits)))
 
 
 class Enough(BaseException):
@@ -106,7 +121,8 @@ class Recorder:
         self.job, self.pid, self.torch = job, os.getpid(), torch
         self.file = os.open(job.record, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.library = os.path.dirname(torch.__file__) + os.sep
-        self.steps = self.noted = 0
+        self.steps = self.noted = self.lines = 0  # lines since the last entry that is compared
+        self.streams = [Stream(self, sys.stdout), Stream(self, sys.stderr)]
         self.marks: Marks | None = None  # of the drop-in's run, once it is open
         # Held to the end: what a function made is gone when it returns.
         self.optimizers: list[Any] = []
@@ -119,6 +135,7 @@ class Recorder:
 
             numpy.random.seed(job.seed % 2**32)
         self.began = time.perf_counter(), time.process_time()
+        self.write("begin", str(self.pid), None, "", 0)
 
     def note(
         self,
@@ -135,13 +152,30 @@ class Recorder:
             if self.marks.run.is_passing():  # what is read on the way back was read before
                 return
             self.marks.flush()
-        now = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
-        at = self.steps if step is None else step
-        entry = Entry(kind, at, bits, value, place, now)
-        os.write(self.file, (json.dumps(entry) + "\n").encode())
+        self.write(kind, bits, value, place, self.steps if step is None else step)
+        if kind in ASIDE:
+            self.lines += kind == "line"
+            return
         self.noted += 1
+        self.lines = 0 if kind in COMPARED else self.lines
         if self.noted == self.job.kill_after:
-            os.kill(self.pid, signal.SIGKILL)
+            if self.job.settled and self.marks is not None:
+                self.marks.run.settle()
+            self.kill()
+
+    def kill(self) -> None:
+        """With the other ranks, which would be stopped gently."""
+        self.write("killed", "", None, "", self.steps)
+        for other in range(1, self.job.nproc):
+            first = Path(f"{self.job.record}.{other}").read_text().splitlines()[0]
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(Entry(*json.loads(first)).bits), signal.SIGKILL)
+        os.kill(self.pid, signal.SIGKILL)
+
+    def write(self, kind: str, bits: str, value: float | None, place: str, step: int) -> None:
+        now = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
+        entry = Entry(kind, step, bits, value, place, now)
+        os.write(self.file, (json.dumps(entry) + "\n").encode())
 
     def watch(self) -> None:
         from torch.nn.modules import module
@@ -162,6 +196,7 @@ class Recorder:
 
             run: Any = observability.Run
             run.__init__ = self.and_then(run.__init__, self.mark)
+            sys.addaudithook(self.opening)
 
     def and_then(self, call: Any, after: Callable[[Any], None]) -> Any:
         @functools.wraps(call)
@@ -217,6 +252,16 @@ class Recorder:
             self.end()
             raise Enough
 
+    def opening(self, event: str, facts: Any) -> None:
+        """Note a file that is to be written: as a whole from here on, or a part of it."""
+        if event != "open" or os.getpid() != self.pid or not isinstance(facts[0], str):
+            return
+        if facts[2] & (os.O_WRONLY | os.O_RDWR):
+            passing = self.marks is not None and self.marks.run.is_passing()
+            whole = facts[2] & (os.O_TRUNC | os.O_EXCL) and not passing
+            path = os.path.abspath(facts[0])
+            self.write("open", "whole" if whole else "part", None, path, self.steps)
+
     def mark(self, run: Any) -> None:
         self.marks = Marks(self, run)
         run.add_listener(self.marks)
@@ -238,36 +283,73 @@ class Recorder:
             self.note("end", bits, place=path)
 
 
+class Stream:
+    """Notes the lines that the script's main thread prints: others come in no order."""
+
+    def __init__(self, recorder: Recorder, stream: Any) -> None:
+        self.recorder, self.thread = recorder, threading.get_ident()
+        self.begun = ""  # of a line
+        self.print, stream.write = stream.write, self.write
+
+    def write(self, text: str) -> Any:
+        written = self.print(text)
+        # A process shows a warning once: a resumed one again.
+        by = sys._getframe(1).f_globals.get("__name__")
+        if threading.get_ident() == self.thread and by not in ("warnings", "_py_warnings"):
+            self.hear(text.replace("\r\n", "\n"))
+        return written
+
+    def hear(self, text: str) -> None:
+        if "\r" in text or "\x1b[A" in text:  # a line is drawn anew, as a progress bar is
+            self.begun = ""
+            return
+        *lines, self.begun = (self.begun + text).split("\n")
+        for line in lines:
+            if line.strip() and not line.startswith("observability: "):
+                self.recorder.note("line", line)
+
+
 class Marks:
     """Notes the steps of the drop-in's run, by which a resumed one finds its place; a listener."""
 
     def __init__(self, recorder: Recorder, run: Any) -> None:
         self.recorder, self.run = recorder, run
-        self.made: tuple[int, int] | None = None  # a step to be noted, and the optimizers' steps
+        self.made: tuple[int, int, str] | None = (
+            None  # a step to be noted, optimizers' steps, epoch
+        )
 
     def stepped(self, step: int, metrics: Mapping[str, Any]) -> None:
         """It has yet to be saved: it is noted when its step() is over, before what comes next."""
         self.flush()
-        self.made = step, self.recorder.steps
+        self.made = step, self.recorder.steps, str(self.run.epoch)
 
     def flush(self) -> None:
         made, self.made = self.made, None
         if made is not None:
             if self.recorder.job.settled:
                 self.run.settle()
-            self.recorder.note("at", str(made[0]), step=made[1])
+            self.recorder.note("at", str(made[0]), step=made[1], place=made[2])
+
+    def evaluating(self) -> None:
+        self.recorder.note("eval", str(self.recorder.noted))
 
     def finishing(self, status: str) -> None:
         self.flush()
 
-    def saving(self, step: int) -> list[int]:
+    def saving(self, step: int) -> list[Any]:
         """Its place: a save may come with a step, or behind all that follows it in its epoch."""
-        return [self.recorder.steps, self.recorder.noted + (self.made is not None)]
+        noted = self.recorder.noted
+        self.recorder.write("save", str(noted + 1), None, "", self.recorder.steps)
+        begun = [stream.begun for stream in self.recorder.streams]
+        steps, lines = self.recorder.steps, self.recorder.lines
+        return [steps, noted + (self.made is not None), lines, *begun]
 
-    def resumed(self, kept: Sequence[int]) -> None:
-        self.recorder.steps, noted = kept
-        self.recorder.note("resume", str(noted))
-        self.recorder.noted = noted
+    def resumed(self, kept: Sequence[Any]) -> None:
+        self.recorder.steps, noted, lines, *begun = kept
+        self.recorder.note("resume", str(noted), lines)
+        self.recorder.noted, self.recorder.lines = noted, lines
+        for stream, text in zip(self.recorder.streams, begun, strict=True):
+            stream.begun = text
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -308,4 +390,7 @@ def shortened(data: bytes) -> str:
 if __name__ == "__main__":
     if sys.platform == "linux":  # SIGKILL comes with the prover's end: PR_SET_PDEATHSIG is 1
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    sys.exit(record(Job(**json.loads(Path(sys.argv[1]).read_text()))))
+    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    if rank := int(os.environ["RANK"]) if job.nproc > 1 else 0:
+        job = replace(job, record=f"{job.record}.{rank}", kill_after=None)
+    sys.exit(record(job))

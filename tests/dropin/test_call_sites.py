@@ -335,6 +335,39 @@ EXACT |= {
         ("batch=x)\n", "batch=x, last=step % 3 == 0)\n        if step % 3 == 0: break\n"),
         behind_the_epoch("print(loss.item())"),
     ),
+    "sums that an epoch begins anew, and others that it does not": edited(
+        ("step = 0\n", "step, sums, most = 0, [], 0.0\n"),
+        ("step = obs.resume(step=step)", "step, sums = obs.resume(step=step, sums=sums)"),
+        (LOOP, "for epoch in range(1, 6):\n"),
+        after(
+            EPOCH, "most = obs.resume(most=most)", "total = 0.0", "total = obs.resume(total=total)"
+        ),
+        (BATCHES, "for x, y in itertools.islice(loader, 3):"),
+        after(UPDATE, "total += loss.item()"),
+        behind_the_epoch(
+            "most = max(most, total)", "sums = [*sums, total, most]", "print(loss.item())"
+        ),
+        (FINAL, "final(model, str(sums))"),
+    ),
+    "sums that a function begins anew": edited(
+        ("step = 0\n", "step, sums = 0, []\n"),
+        ("step = obs.resume(step=step)", "step, sums = obs.resume(step=step, sums=sums)"),
+        (
+            LOOP + EPOCH + "    " + BATCHES + "\n" + BATCH,
+            "def train():\n"
+            "    global step\n"
+            "    total = obs.resume(total=0.0)\n"
+            "    for x, y in itertools.islice(loader, 3):\n" + BATCH,
+        ),
+        after(UPDATE, "total += loss.item()"),
+        (
+            FINISH,
+            "    print(loss.item())\n"
+            "    return total\n"
+            "for epoch in range(1, 6):\n" + EPOCH + "    sums = [*sums, train()]\n" + FINISH,
+        ),
+        (FINAL, "final(model, str(sums))"),
+    ),
     "layers that are frozen by an epoch": edited(
         after(EPOCH, "if epoch == 1: model[0].requires_grad_(False)")
     ),
