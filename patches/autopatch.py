@@ -67,6 +67,7 @@ __all__ = [
 
 COLUMNS = 100  # of an added line at most
 PARTS = ("log", "validation", "resume")
+TO_BE_PROVED = "to be proved with prove.py --kill"
 # Each kind of line and the part that it belongs to. Between the same two lines of the original,
 # what is added stands in this order.
 KINDS = {
@@ -1151,7 +1152,7 @@ class NestPatcher:
             if not self.refusals:
                 carry = resume.values
                 resume.write()
-                self.out.parts["resume"] = "yes"
+                self.out.parts["resume"] = TO_BE_PROVED
         for where, why in self.refusals:
             self.out.note(where, f"resume is left out: {why}")
         self._steps(carry)
@@ -1340,7 +1341,7 @@ class NestPatcher:
     # -- the step
     def _steps(self, carry: dict[str, str]) -> None:
         for spot, test, last in self.spots.found:
-            last = last if self.out.parts["resume"] == "yes" else ""
+            last = last if self.out.parts["resume"] == TO_BE_PROVED else ""
             code, sure = self._step_call(spot, carry, test, last), "likely" if test else "sure"
             if self.add(spot, "step", code, sure):
                 self.out.parts["log"] = "yes"
@@ -1801,7 +1802,9 @@ NOT_BATCH = re.compile(
 
 def batch_of(n: NestPatcher, bound: Names) -> list[str]:
     """What the iteration trained on, whose shape the run reads; not where it saw only a part."""
-    if not n.spots.counts_all and n.out.parts["resume"] != "yes":  # no skip line counts the batches
+    if (
+        not n.spots.counts_all and n.out.parts["resume"] != TO_BE_PROVED
+    ):  # no skip line counts the batches
         return []
     name = next((name for name in batch_names(n.inner) if name in bound), "")
     if not name:
@@ -1854,6 +1857,7 @@ def refusals(n: NestPatcher) -> list[Refusal]:
     rules = (
         _several_runs,
         _state_outside,
+        _average_by_hand,
         _optimizer_made_again,
         _optimizer_without_state,
         _scheduler_steps_first,
@@ -1883,10 +1887,13 @@ def _state_outside(n: NestPatcher) -> Iterator[Refusal]:
     """What a checkpoint cannot hold: an environment, a batch source, a half-read iterator."""
     for node in own_all([*n.outer.body, *n.inner.body]):
         name, method = method_call(node)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            name, method = node.func.id, "__call__"  # `early_stopping(val_loss)`
         if ENV_NAME.search(last(name)) and method in {"step", "reset"}:
             yield node, f"the state of {name} cannot be saved"
         elif name and _moves_on(n, name, method):
-            yield node, f"{name}.{method}() changes {name}, whose state cannot be saved"
+            call = name if method == "__call__" else f"{name}.{method}"
+            yield node, f"{call}() changes {name}, whose state cannot be saved"
         elif called(node) == "iter" and n.inner in n.script.loops_around(node):
             yield node, "the iterator is made again in mid-loop; its position cannot be saved"
 
@@ -1910,7 +1917,9 @@ def _moves_on(n: NestPatcher, name: str, method: str) -> bool:
         for c in makers(b.value)
     ]
     classes = {called(call) for call in made if called(call)[:1].isupper()}
-    if any(map(KEEPS_NO_STATE.search, classes)):
+    if shown := [name for name in classes if KEEPS_NO_STATE.search(name)]:
+        where = next(call for call in made if called(call) == shown[0])
+        n.out.note(where, f"{name} begins anew in a resumed run, and so does what is shown of it")
         return False
     return bool(classes and MOVES_ON.search(method)) or any(
         f.name == method
@@ -1918,6 +1927,17 @@ def _moves_on(n: NestPatcher, name: str, method: str) -> bool:
         and any(t.startswith("self.") for node in own_all(f.body) for t in targets(node))
         for f in n.script.functions
     )
+
+
+def _average_by_hand(n: NestPatcher) -> Iterator[Refusal]:
+    """`avg = [p.clone() for p in model.parameters()]`, and the loop moves it."""
+    used = loads(own_set(n.outer))
+    for name in n.script.bindings.keys() & n.at_start & used:
+        for binding in n.script.bindings[name]:
+            calls = map(called, walk(binding.value))
+            is_collection = isinstance(binding.value, (ast.ListComp, ast.DictComp))
+            if is_collection and {"clone", "deepcopy"} & {*calls} and re.search("avg|ema|shadow|average", name):
+                yield binding.stmt, f"{name} holds an average; keep it in a module, to be saved"
 
 
 def _optimizer_made_again(n: NestPatcher) -> Iterator[Refusal]:

@@ -180,12 +180,9 @@ def test_beyond_its_own_drift_a_script_still_differs(script):
 
 
 def test_a_line_that_only_the_patched_script_prints_so_is_found_with_both_texts(script):
-    say(
-        script,
-        "    if step == 4: seen = 7  # observability\n    print('seen', seen)\n",
-        "seen = 1\n",
-    )
-    report = prove_script(script, pairs=1)
+    line = "    print('seen', seen)\n"
+    say(script, line, "seen = 1\n")
+    report = prove_wrong(script, (line, f"    if step == 4: seen = 7\n{line}"), pairs=1)
     found = report["first_difference"]
     assert (report["verdict"], found["kind"], found["step"]) == ("differs", "line", 5)
     assert (found["original"], found["patched"]) == ("line seen 1", "line seen 7")
@@ -193,8 +190,8 @@ def test_a_line_that_only_the_patched_script_prints_so_is_found_with_both_texts(
 
 def test_a_number_beside_one_that_varies_is_still_compared(script):
     line = "    print(f'seen {seen} of {os.urandom(4)[0]}')\n"
-    say(script, f"    if step == 4: seen = 7  # observability\n{line}", "seen = 1\n")
-    report = prove_script(script)
+    say(script, line, "seen = 1\n")
+    report = prove_wrong(script, (line, f"    if step == 4: seen = 7\n{line}"))
     assert (report["verdict"], report["first_difference"]["step"]) == ("differs", 5)
     assert report["own_difference"] is None
     assert report["own_line"]["original"].startswith("line seen 1 of")
@@ -227,10 +224,11 @@ def test_what_varies_or_comes_in_no_order_makes_no_difference(script, line):
 
 
 def test_a_file_that_the_patch_changes_is_found_by_its_name(script):
-    say(script, "    if step == 4: seen = 7  # observability\n", "seen = 1\n")
+    line = "open('seen.bin', 'wb').write(bytes([seen]))\n"
+    say(script, "", "seen = 1\n")
     with script.open("a") as file:
-        file.write("open('seen.bin', 'wb').write(bytes([seen]))\n")
-    report = prove_script(script, pairs=1)
+        file.write(line)
+    report = prove_wrong(script, (line, f"seen = 7\n{line}"), pairs=1)
     found = report["first_difference"]
     assert (report["verdict"], found["kind"], found["place"]) == ("differs", "file", "seen.bin")
 
@@ -426,8 +424,10 @@ def test_the_end_of_every_rank_is_compared(script):
     resume = report["resume"]
     assert (report["verdict"], resume["verdict"]) == ("identical", "identical"), report
     assert resume["runs"][1]["resumed_at"]
-    edit(script, ("obs.finish()  #", "model.seen += (rank == 1)  # observability\nobs.finish()  #"))
-    report = json.loads(run_tool(script, *options).stdout)
+    mine = script.with_name("mine.py")
+    mine.write_text(RANKS.replace("obs.finish()  #", "model.seen += (rank == 1)\nobs.finish()  #"))
+    script.write_bytes(reverse(script.read_bytes()))
+    report = json.loads(run_tool(script, "--patched", mine, *options).stdout)
     assert report["verdict"] == "differs", report
     found = report["first_difference"]
     assert (found["kind"], found["place"]) == ("end", "rank 1 Linear 0.seen")
@@ -513,20 +513,12 @@ def test_what_cannot_be_patched_or_watched_has_no_verdict(name):
 # --- Every shape that is patched ------------------------------------------------------------------
 
 
-INEXACT = {  # what a resume of autopatch's lines does not put back, and the prover sees
-    "inline_eval": "train_loss goes on from the epoch before: 'epoch 1 train …'",
-    "own_checkpoint": "train()'s AverageMeter begins anew: '0 0.7486…'",
-    "traps": "two objects' counters begin anew: '0.3067… 25 12 3 62'",
-}
-PATCHED = [
-    pytest.param(name, marks=pytest.mark.xfail(reason=INEXACT[name], strict=False))
-    if name in INEXACT
-    else name
-    for name in sorted(SHAPES.keys() - {"loop_elsewhere", "several_processes"})
-]
+# Objects that count what the script shows: autopatch notes that they begin anew, and the prover
+# sees the lines. What is learnt is the same to the last bit.
+SHOWS_ANEW = {"own_checkpoint", "traps"}
 
 
-@pytest.mark.parametrize("name", PATCHED)
+@pytest.mark.parametrize("name", sorted(SHAPES.keys() - {"loop_elsewhere", "several_processes"}))
 def test_a_patched_shape_is_identical_and_resumes_where_it_offers_to(tmp_path, name):
     patched = tmp_path / SHAPES[name].name
     patched.write_bytes(SHAPES[name].read_bytes())
@@ -536,4 +528,8 @@ def test_a_patched_shape_is_identical_and_resumes_where_it_offers_to(tmp_path, n
     assert report["observed"]["train"] > 0
     if ".skip_" in patched.read_text() or ".resume(" in patched.read_text():
         resume = report["resume"]
-        assert (resume["verdict"], resume["said"]) == ("identical", []), resume
+        assert resume["said"] == [], resume
+        if name in SHOWS_ANEW and resume["verdict"] == "differs":
+            assert resume["first_difference"]["kind"] == "line", resume
+        else:
+            assert resume["verdict"] == "identical", resume
