@@ -1936,7 +1936,8 @@ def _average_by_hand(n: NestPatcher) -> Iterator[Refusal]:
         for binding in n.script.bindings[name]:
             calls = map(called, walk(binding.value))
             is_collection = isinstance(binding.value, (ast.ListComp, ast.DictComp))
-            if is_collection and {"clone", "deepcopy"} & {*calls} and re.search("avg|ema|shadow|average", name):
+            copies = is_collection and bool({"clone", "deepcopy"} & {*calls})
+            if copies and re.search("avg|ema|shadow|average", name):
                 yield binding.stmt, f"{name} holds an average; keep it in a module, to be saved"
 
 
