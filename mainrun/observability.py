@@ -4110,10 +4110,12 @@ def has_numbers(module: Any) -> bool:
 
 
 def switch(models: Sequence[Any], switched: Mapping[Switch, Any]) -> None:
+    modules = [dict(modules_of(model)) for model in models]
     for (at, path, name), value in switched.items():
-        named = {**dict(models[at].named_modules()), **dict(models[at].named_parameters())}
-        if path in named:
-            setattr(named[path], name, value)
+        if path in modules[at]:
+            vars(modules[at][path])[name] = value  # where it was read: a property runs no code
+        elif name == "requires_grad":
+            models[at].get_parameter(path).requires_grad = value
 
 
 def numbered(states: Sequence[Any]) -> Any:

@@ -597,7 +597,7 @@ class Bench:
                 ended = pool.submit(other, beside)
                 one(self)
                 ended.result()
-            except BaseException:  # above all a KeyboardInterrupt: the other is not waited for
+            except BaseException:  # a run that has no answer, or Ctrl-C: the other is to end, too
                 self.stopping.set()
                 raise
             finally:

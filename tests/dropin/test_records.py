@@ -724,6 +724,10 @@ def test_a_journal_that_cannot_be_opened_is_said_and_the_rest_is_written(
     assert tensorboard_points(tmp_path / "tb") == [(1, "loss/train", 1.0)]
 
 
+# Longer than any test waits for a sink; its thread is a daemon, and ends with the tests.
+HANGS = "time.sleep(30)"
+
+
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     """A package of the name wandb, as it is where its service hangs or fails."""
@@ -742,7 +746,7 @@ def stand_in(tmp_path, monkeypatch):
 
 
 def test_a_sink_that_hangs_costs_itself_and_not_the_run(open_run, run_dir, stand_in):
-    stand_in("time.sleep(30)")
+    stand_in(HANGS)
     open_run(wandb=True, drain_interval=0.01, close_timeout=0.2)
     began = time.monotonic()
     for step in range(1, 5001):
@@ -754,7 +758,7 @@ def test_a_sink_that_hangs_costs_itself_and_not_the_run(open_run, run_dir, stand
 
 
 def test_a_failed_run_whose_sink_hangs_keeps_what_it_recorded(open_run, run_dir, stand_in):
-    stand_in("time.sleep(30)")
+    stand_in(HANGS)
     open_run(wandb=True, drain_interval=0.01, close_timeout=0.2)
     obs.step(1, loss=1.0)
     time.sleep(0.1)
