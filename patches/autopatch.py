@@ -23,15 +23,11 @@ from __future__ import annotations
 
 import argparse
 import ast
-import io
 import json
 import re
 import sys
-import tokenize
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +47,35 @@ from lines import (
     split_lines,
     unified,
     weave,
+)
+from script import (
+    DEFINITIONS,
+    EXITS,
+    FORS,
+    LOOPS,
+    WITHS,
+    Binding,
+    Flow,
+    Function,
+    Loop,
+    Names,
+    Scope,
+    Script,
+    Spot,
+    arguments,
+    called,
+    dotted,
+    is_range,
+    last,
+    loads,
+    makers,
+    method_call,
+    names_in,
+    own,
+    own_all,
+    own_set,
+    targets,
+    walk,
 )
 
 __all__ = [
@@ -79,25 +104,6 @@ KINDS = {
     "validation": "validation",
     "step": "log",
     "finish": "log",
-}
-Function = ast.FunctionDef | ast.AsyncFunctionDef
-Scope = ast.Module | ast.FunctionDef | ast.AsyncFunctionDef
-Loop = ast.For | ast.AsyncFor | ast.While
-Names = frozenset[str]
-FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-DEFINITIONS = (*FUNCTIONS, ast.ClassDef)
-FORS = (ast.For, ast.AsyncFor)
-LOOPS = (*FORS, ast.While)
-WITHS = (ast.With, ast.AsyncWith)
-EXITS = (ast.Break, ast.Continue, ast.Return)
-COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-# Where in an expression its value may come from.
-CHOICES: dict[type, tuple[str, ...]] = {
-    ast.IfExp: ("body", "orelse"),
-    ast.BoolOp: ("values",),
-    ast.List: ("elts",),
-    ast.Tuple: ("elts",),
-    ast.ListComp: ("elt",),
 }
 
 
@@ -138,25 +144,6 @@ class Plan:
             self.notes.append(note)
 
 
-@dataclass(frozen=True)
-class Spot:
-    """A place between two statements of one block: before `block[index]`, or at its end."""
-
-    block: list[ast.stmt]
-    index: int
-
-
-@dataclass(frozen=True)
-class Binding:
-    """One assignment of one name: its value, and which part of it when a tuple is taken apart."""
-
-    name: str
-    value: ast.expr
-    index: int | None
-    stmt: ast.stmt
-    scope: Scope
-
-
 def patch(
     source: bytes, name: str = "train.py", parts: Sequence[str] = PARTS, package: bool = False
 ) -> tuple[bytes, Plan]:
@@ -167,513 +154,6 @@ def patch(
     script = Script(source, name)
     found = plan(script, parts, package)
     return patched(script, found.insertions), found
-
-
-# --- The syntax tree -------------------------------------------------------------------------
-def dotted(expr: ast.AST | None) -> str:
-    """`a.b.c` for a chain of names, '' for anything else; a subscript is passed over."""
-    if isinstance(expr, ast.Name):
-        return expr.id
-    if isinstance(expr, ast.Subscript):
-        return dotted(expr.value)
-    if isinstance(expr, ast.Attribute) and not isinstance(expr.value, ast.Subscript):
-        base = dotted(expr.value)
-        return f"{base}.{expr.attr}" if base else ""
-    return ""
-
-
-def last(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def method_call(node: ast.AST) -> tuple[str, str]:
-    """`("optimizer", "step")` for `optimizer.step()`; two empty strings for anything else."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        return dotted(node.func.value), node.func.attr
-    return "", ""
-
-
-def called(node: ast.AST | None) -> str:
-    """The last name of the function that a call calls; '' for anything else."""
-    return last(dotted(node.func)) if isinstance(node, ast.Call) else ""
-
-
-def walk(node: ast.AST, into: tuple[type, ...] = ()) -> Iterator[ast.AST]:
-    """`node` and all in it, in the order of the source, but not what lies in types of `into`."""
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        yield current
-        if current is node or not isinstance(current, into):
-            stack.extend(reversed(list(ast.iter_child_nodes(current))))
-
-
-@lru_cache(maxsize=8192)
-def own(node: ast.AST) -> tuple[ast.AST, ...]:
-    """`node` and what is in it, but not the code of functions and classes defined there."""
-    return tuple(walk(node, DEFINITIONS))
-
-
-@lru_cache(maxsize=512)
-def own_set(node: ast.AST) -> frozenset[ast.AST]:
-    return frozenset(own(node))
-
-
-def own_all(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
-    for node in nodes:
-        yield from own(node)
-
-
-def unpack(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, ast.expr, int | None]]:
-    """Each name of an assignment's target with its value, or with the whole and an index."""
-    if isinstance(target, (ast.Tuple, ast.List)):
-        paired = isinstance(value, (ast.Tuple, ast.List)) and len(value.elts) == len(target.elts)
-        parts = getattr(value, "elts", []) if paired else [value] * len(target.elts)
-        for index, (element, part) in enumerate(zip(target.elts, parts, strict=True)):
-            for name, inner, deeper in unpack(element, part):
-                yield name, inner, deeper if paired else index
-    elif isinstance(target, ast.Starred):
-        yield from unpack(target.value, value)
-    elif isinstance(target, (ast.Name, ast.Attribute)) and dotted(target):
-        yield dotted(target), value, None
-
-
-def names_in(target: ast.expr) -> list[str]:
-    return [name for name, _, _ in unpack(target, target)]
-
-
-def targets(node: ast.AST) -> list[str]:
-    """The names that a statement itself binds, header only for a compound one."""
-    if isinstance(node, DEFINITIONS):
-        return [node.name]
-    if isinstance(node, (ast.Import, ast.ImportFrom)):
-        return [alias.asname or alias.name.split(".")[0] for alias in node.names]
-    found: list[ast.expr] = []
-    if isinstance(node, ast.Assign):
-        found = node.targets
-    elif isinstance(node, (ast.AugAssign, *FORS, ast.NamedExpr)) or (
-        isinstance(node, ast.AnnAssign) and node.value is not None
-    ):
-        found = [node.target]
-    elif isinstance(node, WITHS):
-        found = [item.optional_vars for item in node.items if item.optional_vars]
-    return [name for target in found for name in names_in(target)]
-
-
-def makers(value: ast.expr) -> Iterator[ast.Call]:
-    """The calls whose result a value is: through `a if c else b`, lists, and `a or b`."""
-    if isinstance(value, ast.Call):
-        yield value
-    for key in CHOICES.get(type(value), ()):
-        part = getattr(value, key)
-        for choice in part if isinstance(part, list) else [part]:
-            yield from makers(choice)
-
-
-def parameters(scope: Scope) -> list[str]:
-    if isinstance(scope, ast.Module):
-        return []
-    spec = scope.args
-    extra = [arg for arg in (spec.vararg, spec.kwarg) if arg]
-    return [arg.arg for arg in [*spec.posonlyargs, *spec.args, *spec.kwonlyargs, *extra]]
-
-
-@lru_cache(maxsize=512)
-def locals_of(scope: Scope) -> Names:
-    """Plain names that are local to a function (for the module: its own)."""
-    names, declared = set(parameters(scope)), set()
-    for node in own_all(scope.body):
-        names |= {name for name in targets(node) if "." not in name}
-        if isinstance(node, (ast.Global, ast.Nonlocal)):
-            declared |= set(node.names)
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            names.add(node.name)
-    return frozenset(names - declared)
-
-
-# --- The script ------------------------------------------------------------------------------
-class Script:
-    """A parsed script: its lines, who contains whom, who binds and who calls what."""
-
-    def __init__(self, data: bytes, name: str = "train.py") -> None:
-        self.data, self.name = data, name
-        self.rows = split_lines(data)
-        self.encoding, self.lines = self._decode()
-        self.source = "".join(line + "\n" for line in self.lines)
-        self.tree = self._parse()
-        self.nodes = list(walk(self.tree))
-        self.calls = [node for node in self.nodes if isinstance(node, ast.Call)]
-        self.functions = [node for node in self.nodes if isinstance(node, FUNCTIONS)]
-        self.parent: dict[ast.AST, ast.AST] = {}
-        self.home: dict[ast.AST, Spot] = {}
-        for node in self.nodes:
-            self.parent.update(dict.fromkeys(ast.iter_child_nodes(node), node))
-            for block in blocks(node):
-                self.home.update({stmt: Spot(block, i) for i, stmt in enumerate(block)})
-        self.imports = dict(pair for node in self.nodes for pair in imported(node))
-        self.bindings: dict[str, list[Binding]] = {}
-        for node in self.nodes:
-            for binding in self._bindings_of(node):
-                self.bindings.setdefault(binding.name, []).append(binding)
-        self._flows: dict[Scope, Flow] = {}
-
-    def _decode(self) -> tuple[str, list[str]]:
-        try:
-            encoding, _ = tokenize.detect_encoding(io.BytesIO(self.data).readline)
-            lines = [row.decode(encoding) for row in self.rows]
-            if "".join(lines) != self.data.decode(encoding):
-                raise UnicodeError(f"the encoding {encoding} hides line ends")
-        except (SyntaxError, UnicodeError, LookupError) as error:
-            raise PatchError(f"{self.name}: cannot be read as text: {error}") from error
-        return encoding, [line.rstrip("\r\n") for line in lines]
-
-    def _parse(self) -> ast.Module:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return ast.parse(self.source, self.name)
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            line = getattr(error, "lineno", None) or 1
-            version = ".".join(map(str, sys.version_info[:2]))
-            raise PatchError(
-                f"{self.name}:{line}: Python {version} cannot parse this script ({error}); if it "
-                f"needs another Python, run autopatch.py with that one"
-            ) from error
-
-    def _bindings_of(self, node: ast.AST) -> Iterator[Binding]:
-        places: list[ast.expr] = []
-        if isinstance(node, ast.Assign):
-            places = node.targets
-        elif isinstance(node, (ast.AnnAssign, ast.AugAssign, ast.NamedExpr)):
-            places = [node.target]
-        value: Any = getattr(node, "value", None)
-        for target in places if isinstance(value, ast.expr) else []:
-            for name, part, index in unpack(target, value):
-                yield Binding(name, part, index, self.stmt_of(node), self.scope_of(node))
-
-    # -- where things are
-    def stmt_of(self, node: ast.AST) -> ast.stmt:
-        while not (isinstance(node, ast.stmt) and node in self.home):
-            node = self.parent[node]
-        return node
-
-    def scope_of(self, node: ast.AST) -> Scope:
-        """The function whose code `node` is, or the module."""
-        while node in self.parent:
-            node = self.parent[node]
-            if isinstance(node, FUNCTIONS):
-                return node
-        return self.tree
-
-    def class_of(self, scope: ast.AST) -> ast.ClassDef | None:
-        parent = self.parent.get(scope)
-        return parent if isinstance(parent, ast.ClassDef) else None
-
-    def above(self, node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
-        """What is around `node`, up to its own function, each with its child on the way."""
-        while node in self.parent:
-            node, child = self.parent[node], node
-            if isinstance(node, (*FUNCTIONS, ast.Lambda, ast.Module)):
-                return
-            yield node, child
-
-    def inside(self, node: ast.AST, outer: ast.AST) -> bool:
-        while node is not outer and node in self.parent:
-            node = self.parent[node]
-        return node is outer
-
-    def index_in(self, block: Sequence[ast.stmt], node: ast.AST) -> int:
-        """Which statement of `block` holds `node`."""
-        return next(i for i, stmt in enumerate(block) if self.inside(node, stmt))
-
-    def loops_around(self, node: ast.AST) -> list[Loop]:
-        """From the inside; the iterable and the `else` of a loop run once, not once a turn."""
-        return [
-            parent
-            for parent, child in self.above(node)
-            if isinstance(parent, LOOPS)
-            and (child in parent.body or child is getattr(parent, "test", None))
-        ]
-
-    def after(self, stmt: ast.AST, end: tuple[type, ...] = ()) -> list[ast.stmt]:
-        """The statements that come behind `stmt` in its function, or up to an owner in `end`."""
-        found: list[ast.stmt] = []
-        while stmt in self.home and not isinstance(stmt, DEFINITIONS):
-            spot = self.behind(stmt)
-            found += spot.block[spot.index :]
-            stmt = self.parent[stmt]
-            if isinstance(stmt, end):
-                break
-        return found
-
-    def behind(self, stmt: ast.AST) -> Spot:
-        return Spot(self.home[stmt].block, self.home[stmt].index + 1)
-
-    # -- what names mean
-    def resolve(self, expr: ast.expr) -> str:
-        """The dotted name of an expression with the import aliases undone, or ''."""
-        head, _, rest = dotted(expr).partition(".")
-        head = self.imports.get(head, head)
-        return f"{head}.{rest}" if rest else head
-
-    def made(self, name: str) -> list[ast.Call]:
-        """The calls that a name's values come from."""
-        return [call for b in self.bindings.get(name, []) for call in makers(b.value)]
-
-    def is_function(self, name: str) -> bool:
-        """Whether a name is imported, or defined here as a function."""
-        return name.partition(".")[0] in self.imports or any(
-            f.name == last(name) for f in self.functions
-        )
-
-    def callers(self, function: Function) -> list[ast.Call]:
-        return [
-            call
-            for call in self.calls
-            if self.scope_of(call) is not function and self._calls(call, function)
-        ]
-
-    def definition(self, call: ast.Call) -> Function | None:
-        return next((f for f in self.functions if self._calls(call, f)), None)
-
-    def _calls(self, call: ast.Call, function: Function) -> bool:
-        owner, func = self.class_of(function), call.func
-        if owner is not None and function.name == "__call__":
-            return owner.name in map(called, self.made(dotted(func)))
-        if owner is None and isinstance(func, ast.Name) and func.id != function.name:
-            return any(self._wraps(maker, function.name) for maker in self.made(func.id))
-        if owner is None or not isinstance(func, ast.Attribute):
-            return owner is None and isinstance(func, ast.Name) and func.id == function.name
-        if func.attr != function.name:
-            return False
-        if dotted(func.value) == "self":
-            scope = self.scope_of(call)
-            return owner in (self.class_of(scope), self.class_of(self.scope_of(scope)))
-        return owner.name in map(called, [func.value, *self.made(dotted(func.value))])
-
-    @staticmethod
-    def _wraps(maker: ast.Call, name: str) -> bool:
-        """`torch.compile(train_step)`, `partial(train_step, model)`."""
-        makes = called(maker) in {"compile", "partial", "script", "jit", "checkpoint"}
-        return makes and bool(maker.args) and dotted(maker.args[0]) == name
-
-    def bound(self, spot: Spot) -> Names:
-        """The names that are certainly bound at a spot."""
-        flow = self._flow(self.scope_of(spot.block[0]))
-        return flow.before.get((id(spot.block), spot.index), frozenset()) - DEAD
-
-    def _flow(self, scope: Scope) -> Flow:
-        if scope not in self._flows:
-            self._flows[scope] = Flow()
-            self._flows[scope].block(scope.body, self._at_entry(scope))
-        return self._flows[scope]
-
-    def _at_entry(self, scope: Scope) -> Names:
-        """Parameters, what the enclosing functions and the module bind, and `self.x`."""
-        if isinstance(scope, ast.Module):
-            return frozenset()
-        outer = self.bound(Spot(self.tree.body, len(self.tree.body)))
-        if isinstance(self.scope_of(scope), FUNCTIONS):
-            outer |= self.bound(self.home[scope])
-        hidden = locals_of(scope)
-        names = {name for name in outer if name.partition(".")[0] not in hidden}
-        owner = self.class_of(scope)
-        for f in owner.body if owner and scope.name != "__init__" else []:
-            if isinstance(f, FUNCTIONS) and f.name == "__init__":
-                end = self.bound(Spot(f.body, len(f.body)))
-                names |= {name for name in end if name.startswith("self.")}
-        return frozenset(names.union(parameters(scope)))
-
-    # -- where a line can be added
-    def own_line(self, stmt: ast.stmt) -> bool:
-        """Whether `stmt` starts its own line (it is not behind a `;` or a one-line `if x:`)."""
-        line = first_line(stmt)
-        decorators = getattr(stmt, "decorator_list", [])
-        column = min([stmt.col_offset, *(d.col_offset for d in decorators)])
-        before = self.lines[line - 1].encode()[:column]
-        return not before.strip(b" \t\f@")
-
-    def indent_of(self, block: list[ast.stmt]) -> str | None:
-        if not self.own_line(block[0]):
-            return None
-        row = self.lines[first_line(block[0]) - 1]
-        return row[: len(row) - len(row.lstrip(" \t\f"))]
-
-    def line_of(self, spot: Spot) -> int | None:
-        """The line before which to add so that the new line stands at `spot`; None: no room."""
-        block, index = spot.block, spot.index
-        if self.indent_of(block) is None:
-            return None
-        if index == 0:  # above the comments that stand over a block's first statement
-            line = first_line(block[0])
-            while line > 1 and not self.lines[line - 2].partition("#")[0].strip():
-                line -= 1
-            return line
-        end = block[index - 1].end_lineno or 1
-        return None if index < len(block) and first_line(block[index]) <= end else end + 1
-
-
-def blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
-    for name in ("body", "orelse", "finalbody"):
-        block = getattr(node, name, None)
-        if isinstance(block, list) and block and isinstance(block[0], ast.stmt):
-            yield block
-
-
-def first_line(stmt: ast.stmt) -> int:
-    lines: list[int] = [d.lineno for d in getattr(stmt, "decorator_list", [])]
-    return min([stmt.lineno, *lines])
-
-
-def imported(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """Each name that an import binds, and what it stands for."""
-    for alias in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else []:
-        if isinstance(node, ast.ImportFrom):
-            module = "." * node.level + (node.module or "")
-            yield alias.asname or alias.name, f"{module}.{alias.name}".lstrip(".")
-        else:
-            head = alias.name.split(".")[0]
-            yield alias.asname or head, alias.name if alias.asname else head
-
-
-# --- What is bound, and what is read unbound -------------------------------------------------
-DEAD = frozenset({"*"})  # added to the names of a path that does not come back
-
-
-def meet(a: Names, b: Names) -> Names:
-    """The names bound on both of two paths, of those that come back."""
-    if a >= DEAD:
-        return b
-    return a if b >= DEAD else a & b
-
-
-class Flow:
-    """One pass over statements: the names bound before each, and those read while unbound."""
-
-    def __init__(self) -> None:
-        self.before: dict[tuple[int, int], Names] = {}
-        self.unbound: dict[str, None] = {}
-        # What a test's branch bound is there when the same test is true again: presumed, not sure.
-        self.under: dict[str, Names] = {}
-        self.presumed: Names = frozenset()
-
-    def block(self, block: Sequence[ast.stmt], bound: Names) -> Names:
-        """Returns what is bound at its end; `bound` is what is bound at its start."""
-        for index, stmt in enumerate(block):
-            self.before[id(block), index] = bound
-            bound = self._stmt(stmt, bound)
-        self.before[id(block), len(block)] = bound
-        return bound
-
-    def _stmt(self, stmt: ast.stmt, bound: Names) -> Names:
-        if isinstance(stmt, ast.If):
-            return self._if(stmt, self.read(stmt.test, bound))
-        if isinstance(stmt, LOOPS):
-            return self._loop(stmt, bound)
-        if isinstance(stmt, WITHS):
-            for item in stmt.items:
-                bound = self.read(item.context_expr, bound)
-            return self.block(stmt.body, bound.union(targets(stmt)))
-        if hasattr(stmt, "handlers"):
-            return self._try(stmt, bound)
-        if isinstance(stmt, ast.Match):
-            bound = self.read(stmt.subject, bound)
-            for case in stmt.cases:
-                self.block(case.body, bound)
-            return bound - deleted(stmt)
-        if isinstance(stmt, DEFINITIONS):
-            self._closure(stmt, bound)
-            return bound.union(targets(stmt))
-        return self._simple(stmt, bound)
-
-    def _simple(self, stmt: ast.stmt, bound: Names) -> Names:
-        if isinstance(stmt, ast.AugAssign) and dotted(stmt.target) not in bound:
-            self.unbound[dotted(stmt.target)] = None
-        bound = self.read(stmt, bound).union(targets(stmt)) - deleted(stmt)
-        return bound | DEAD if leaves(stmt) else bound
-
-    def _if(self, stmt: ast.If, bound: Names) -> Names:
-        test, presumed = ast.unparse(stmt.test), self.presumed
-        self.presumed |= self.under.get(test, frozenset())
-        taken = self.block(stmt.body, bound)
-        self.under[test] = self.under.get(test, frozenset()) | taken
-        self.presumed = presumed
-        other = self.block(stmt.orelse, bound)
-        main = isinstance(stmt.test, ast.Compare) and dotted(stmt.test.left) == "__name__"
-        return taken if main else meet(taken, other)
-
-    def _loop(self, loop: Loop, bound: Names) -> Names:
-        bound = self.read(loop.test if isinstance(loop, ast.While) else loop.iter, bound)
-        bound -= deleted(loop)  # in the turn before
-        end = self.block(loop.body, bound.union(targets(loop)))
-        self.block(loop.orelse, bound)
-        # A loop over batches that back-propagates runs at least once, or nothing is learned.
-        return end if isinstance(loop, FORS) and propagates(loop) and not end >= DEAD else bound
-
-    def _try(self, stmt: Any, bound: Names) -> Names:
-        end = self.block(stmt.orelse, self.block(stmt.body, bound))
-        bound -= deleted(stmt)
-        for handler in stmt.handlers:
-            end = meet(end, self.block(handler.body, bound | {handler.name or ""}))
-        return end | self.block(stmt.finalbody, bound)
-
-    def _closure(self, node: ast.AST, bound: Names) -> None:
-        """A function may be called at once: it reads what it does not bind itself."""
-        hidden = locals_of(node) if isinstance(node, FUNCTIONS) else frozenset()
-        self.unbound |= dict.fromkeys(loads(walk(node)) - bound - hidden)
-
-    def read(self, node: ast.AST, bound: Names) -> Names:
-        """Returns the names that are bound once `node` has been evaluated."""
-        inside = {arg.arg for n in own(node) if isinstance(n, ast.arguments) for arg in n.args}
-        for part in own(node):
-            if isinstance(part, ast.comprehension):
-                inside |= loads(walk(part.target), ast.Store)
-        for name in sorted(loads(own(node)) - bound - self.presumed):
-            if name.partition(".")[0] not in inside:
-                self.unbound[name] = None
-        return bound | always(node)
-
-
-def loads(nodes: Iterable[ast.AST], context: type = ast.Load) -> Names:
-    return frozenset(
-        dotted(n)
-        for n in nodes
-        if isinstance(n, (ast.Name, ast.Attribute)) and isinstance(n.ctx, context)
-    ) - {""}
-
-
-def always(node: ast.AST) -> Names:
-    """Names that are read or bound whenever `node` is evaluated: behind it, they are bound."""
-    sometimes = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.Assert, *COMPREHENSIONS)
-    if isinstance(node, sometimes):
-        return frozenset()
-    sure = [n for n in walk(node, sometimes) if not isinstance(n, sometimes)]
-    return loads(sure) | {name for n in sure for name in targets(n)}
-
-
-def deleted(stmt: ast.stmt) -> Names:
-    """Names that a statement may unbind, at any depth."""
-    return frozenset(
-        name
-        for node in own(stmt)
-        if isinstance(node, ast.Delete)
-        for target in node.targets
-        for name in names_in(target)
-    )
-
-
-def leaves(stmt: ast.stmt) -> bool:
-    """Whether control does not come out behind a simple statement."""
-    exits = {"sys.exit", "exit", "quit", "os._exit"}
-    return isinstance(stmt, (*EXITS, ast.Raise)) or (
-        isinstance(stmt, ast.Expr)
-        and isinstance(stmt.value, ast.Call)
-        and dotted(stmt.value.func) in exits
-    )
-
-
-def propagates(loop: ast.AST) -> bool:
-    return any(isinstance(n, ast.Attribute) and n.attr == "backward" for n in own(loop))
 
 
 # --- What the names stand for ----------------------------------------------------------------
@@ -1061,7 +541,7 @@ class Patcher:
     def add(self, spot: Spot, kind: str, code: str, confidence: str = "sure") -> bool:
         """Add a line at a spot; False when the original has no room for a line there."""
         line, indent = self.script.line_of(spot), self.script.indent_of(spot.block)
-        if line is None or indent is None:
+        if line is None:
             return False
         if KINDS[kind] in self.wanted:
             self.out.insertions.append(Insertion(line, indent, kind, code, confidence))
@@ -1178,8 +658,8 @@ class NestPatcher:
         for name in sorted(self.at_start & set(self.script.bindings)):
             makes = {called(call) for call in self.script.made(name)}
             if makes == {"parse_args"} and "." not in name:
-                return name if name in parameters(self.outer_scope) else f"vars({name})"
-        known = self.script.bindings.keys() | locals_of(self.outer_scope)
+                return name if name in self.script.parameters(self.outer_scope) else f"vars({name})"
+        known = self.script.bindings.keys() | self.script.locals_of(self.outer_scope)
         usual = ("args", "opt", "config", "cfg", "hparams", "hps", "self.config")
         return next(
             (
@@ -1205,7 +685,11 @@ class NestPatcher:
                 "start_processes",
             } and self.outer_scope.name in map(dotted, given):
                 self.refuse(call, "several processes train at once, each by its own steps")
-                return parameters(self.outer_scope)[0] if self.outer_scope.args.args else ""
+                return (
+                    self.script.parameters(self.outer_scope)[0]
+                    if self.outer_scope.args.args
+                    else ""
+                )
         return ""
 
     def _watch(self) -> None:
@@ -1242,7 +726,9 @@ class NestPatcher:
             for name in self.script.bindings
             if name in self.at_start and self.roles.made_by(name, OPTIMIZER_CALL)
         ]
-        given = [name for name in parameters(self.outer_scope) if "optim" in name.lower()]
+        given = [
+            name for name in self.script.parameters(self.outer_scope) if "optim" in name.lower()
+        ]
         return [*direct, *(name for name in made or given if name not in direct)]
 
     def _visible_models(self) -> list[str]:
@@ -1298,7 +784,7 @@ class NestPatcher:
 
     def _of_scope(self, names: list[str]) -> list[str]:
         """The function's own names, where it has any: a global one may be the same object."""
-        local = locals_of(self.outer_scope)
+        local = self.script.locals_of(self.outer_scope)
         return [name for name in names if name.partition(".")[0] in local] or names
 
     def _loader(self) -> list[str]:
@@ -1314,7 +800,7 @@ class NestPatcher:
         spot = Spot(block, len(block) - isinstance(block[-1], EXITS))
         line = self.script.line_of(spot) or 0
         # Behind a last line that does not end, the patch would change that line.
-        unended = line > len(self.script.rows) and not ends_a_line(self.script.data)
+        unended = line > len(self.script.lines) and not ends_a_line(self.script.data)
         if not isinstance(owner, LOOPS) and not unended and not self.again:
             self.add(spot, "finish", f"{self.obs}.finish()")
 
@@ -1335,14 +821,14 @@ class NestPatcher:
         return [*codes, call(some)] if some else codes
 
     def fits(self, spot: Spot, code: str) -> bool:
-        indent = self.script.indent_of(spot.block) or ""
+        indent = self.script.indent_of(spot.block)
         return len(f"{indent.expandtabs(4)}{code}  {MARK}") <= COLUMNS
 
     # -- the step
     def _steps(self, carry: dict[str, str]) -> None:
-        for spot, test, last in self.spots.found:
-            last = last if self.out.parts["resume"] == TO_BE_PROVED else ""
-            code, sure = self._step_call(spot, carry, test, last), "likely" if test else "sure"
+        for spot, test, end in self.spots.found:
+            last_ = end if self.out.parts["resume"] == TO_BE_PROVED else ""
+            code, sure = self._step_call(spot, carry, test, last_), "likely" if test else "sure"
             if self.add(spot, "step", code, sure):
                 self.out.parts["log"] = "yes"
         for update in self.nest.updates:
@@ -1458,10 +944,6 @@ def key_of(expr: str) -> str:
     return re.sub(r"\W+", "_", expr.removeprefix("self.")).strip("_") or "value"
 
 
-def is_range(expr: ast.expr) -> bool:
-    return any(called(node) in {"range", "trange"} for node in walk(expr))
-
-
 def loop_source(loop: Loop) -> str:
     """`loader` for `for i, x in enumerate(tqdm(loader))`."""
     expr = None if isinstance(loop, ast.While) else loop.iter
@@ -1511,7 +993,7 @@ class StepSpots:
         if len(rest) > 1 and pure and not self._exits(rest[1:]):
             return [StepSpot(self._end(place.block), self._words())]
         later = self._breaks(rest[1:])
-        if self.script.indent_of(branch) is None and pure:
+        if not self.script.own_line(branch[0]) and pure:
             return [StepSpot(self.script.behind(outermost), self._words(), later)]
         if any(not isinstance(stmt, ast.If) for stmt in rest[1:]):
             self.n.out.note(
@@ -1690,12 +1172,14 @@ class Losses:
             expr, scope = propagated(call, self.n.roles), self.script.scope_of(call)
             if expr is not None and call in self.inner:
                 yield call, expr
-            elif not isinstance(scope, ast.Module) and dotted(expr) in parameters(scope):
+            elif not isinstance(scope, ast.Module) and dotted(expr) in self.script.parameters(
+                scope
+            ):
                 yield from self._given(scope, dotted(expr))
 
     def _given(self, helper: Function, parameter: str) -> Iterator[tuple[ast.Call, ast.expr]]:
         """`backward(loss)`, a helper: what the loop hands to it."""
-        index = [name for name in parameters(helper) if name != "self"].index(parameter)
+        index = [name for name in self.script.parameters(helper) if name != "self"].index(parameter)
         for call in self.script.callers(helper):
             if call in self.inner and index < len(call.args):
                 yield call, call.args[index]
@@ -2069,7 +1553,7 @@ class Carried:
             for name in targets(node)
             if not isinstance(node, (ast.Import, ast.ImportFrom, *DEFINITIONS))
         )
-        flow = Flow()
+        flow = Flow(self.script)
         if isinstance(loop, ast.While):
             flow.read(loop.test, frozenset())
         flow.block(loop.body, frozenset(targets(loop)))
@@ -2116,7 +1600,7 @@ class Carried:
             name
             for f in self.script.functions
             if f is not self.script.scope_of(loop)
-            for name in loads(own_all(f.body)) - locals_of(f)
+            for name in loads(own_all(f.body)) - self.script.locals_of(f)
             if "." not in name
         )
 
@@ -2124,7 +1608,7 @@ class Carried:
         scope = self.script.scope_of(loop)
         return (
             "." in name
-            or name in locals_of(scope)
+            or name in self.script.locals_of(scope)
             or any(
                 name in n.names
                 for n in own_all(scope.body)
@@ -2169,12 +1653,12 @@ class Carried:
         start = self.script.bound(self.script.home[inner]).union(targets(inner))
         written = {name for node in own_all(inner.body) for name in targets(node)}
         end = self.script.bound(Spot(inner.body, len(inner.body)))
-        flow = Flow()
+        flow = Flow(self.script)
         flow.block(self.script.after(inner), start)
         return [
             name
             for name in flow.unbound
-            if name in end & written & locals_of(self.n.scope) and name not in start
+            if name in end & written & self.script.locals_of(self.n.scope) and name not in start
         ]
 
 
@@ -2399,10 +1883,6 @@ def of_other_data(call: ast.Call, names: list[str]) -> bool:
     return any(map(AVERAGE_NAME.search, words)) or (
         any(map(OF_TRAINING.search, words)) and not held_out
     )
-
-
-def arguments(call: ast.Call) -> list[ast.expr]:
-    return [*call.args, *(keyword.value for keyword in call.keywords)]
 
 
 def as_printed(name: str, stmts: Sequence[ast.stmt]) -> str:

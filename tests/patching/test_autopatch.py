@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import random
 import subprocess
+import symtable
 import sys
 import types
 from pathlib import Path
@@ -140,10 +140,11 @@ def test_added_lines_bind_no_name_that_was_not_the_scopes_own(path):
 def scopes_and_their_names(data: bytes) -> dict[str, set[str]]:
     """Names that each function, and the module, binds."""
     found = {}
-    for node in ast.walk(ast.parse(data)):
-        if isinstance(node, (ast.Module, ast.FunctionDef)):
-            key = f"{getattr(node, 'name', '')}:{len(found)}"
-            found[key] = set(autopatch.locals_of(node))
+    tables = [symtable.symtable(data, "train.py", "exec")]
+    for table in tables:
+        tables += table.get_children()
+        names = {s.get_name() for s in table.get_symbols() if s.is_local()}
+        found[f"{table.get_name()}:{len(found)}"] = names
     return found
 
 
