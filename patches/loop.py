@@ -1,0 +1,999 @@
+"""A training loop: which names are optimizers, schedulers and models, where a step is made, what is
+back-propagated there, and what one iteration leaves to the next.
+
+    roles = Roles(script)
+    nests = find_nests(script, find_updates(script, roles))
+    loop = TrainingLoop(script, roles, nests[0], ...)
+    loop.optimizers, loop.models, loop.losses, loop.ends, loop.carried
+
+Facts only: nothing here decides on a line. What a name stands for is told by the call that made it
+and by its own name, as the patterns below say; a fact that cannot be had is absent.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import NamedTuple
+
+from lines import MARK
+from script import (
+    DEFINITIONS,
+    EXITS,
+    FORS,
+    FUNCTIONS,
+    IMPORTS,
+    LOOPS,
+    WITHS,
+    Binding,
+    Flow,
+    Function,
+    Loop,
+    Names,
+    Scope,
+    Script,
+    Spot,
+    arguments,
+    called,
+    dotted,
+    is_range,
+    last,
+    loads,
+    makers,
+    method_call,
+    own,
+    own_all,
+    own_set,
+    root,
+    targets,
+    walk,
+    written,
+)
+
+COLUMNS = 100  # of an added line at most
+
+
+# --- What is said of a script ----------------------------------------------------------------
+@dataclass(frozen=True)
+class Insertion:
+    """One added line: it goes before line `line` of the original (1-based)."""
+
+    line: int
+    indent: str
+    kind: str
+    code: str
+    confidence: str = "sure"
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something that was left out or is doubtful: where, why, and what it costs the whole of."""
+
+    line: int
+    text: str
+    part: str = ""  # "resume": it cannot be exact; "validation": an evaluation is not recorded
+
+
+def note(where: ast.AST, text: str, part: str = "") -> Note:
+    return Note(getattr(where, "lineno", 1), text, part)
+
+
+def refusal(where: ast.AST, why: str) -> Note:
+    return note(where, f"resume is left out: {why}", "resume")
+
+
+def place(
+    script: Script, spot: Spot, kind: str, code: str, confidence: str = "sure"
+) -> list[Insertion]:
+    """A line at a spot; none when the original has no room for a line there."""
+    line = script.line_of(spot)
+    indent = script.indent_of(spot.block)
+    return [] if line is None else [Insertion(line, indent, kind, code, confidence)]
+
+
+# --- What the names stand for ----------------------------------------------------------------
+OPTIMIZER_CALL = re.compile(
+    r"^torch\.optim\.(?!lr_scheduler|swa_)|"
+    r"(?:^|\.)(?!\w*(?i:param|group|state|zero|_lr|step|sched))(?:"
+    r"\w*Adam\w*|\w*SGD\w*|RMSprop|Adagrad|Adadelta|Rprop|LBFGS|Lion\w*|\w*Muon\w*|Sophia\w*|"
+    r"L[Aa][Mm][Bb]|LARS|Adafactor|Adan|SAM|\w*Shampoo|SOAP\w*|Prodigy|Ranger\w*|DAdapt\w*|"
+    r"ScheduledOptim|NoamOpt|Optim|\w*[Oo]ptimizers?\w*|optim_cls|"
+    r"(?:get|make|build|create|setup|configure)_optim\w*)$"
+)
+OPTIMIZER_NAME = re.compile(r"optim|(?:^|_)opt(?:s|_|\d|$)|^opt[A-Z]|Opt$|solver$", re.I)
+SCHEDULER_CALL = re.compile(
+    r"(?:LR|Scheduler|ReduceLROnPlateau|WarmRestarts)$|(?:^|\.)(?:build|create|make|get)_\w*sched",
+    re.I,
+)
+SCHEDULER_NAME = re.compile(r"sched|^lr_decay$|warmup_lr", re.I)
+SCALER_NAME = re.compile(r"scaler\w*$", re.I)
+MODEL_NAME = re.compile(
+    r"model|net|module|actor|critic|agent|encoder|decoder|generator|discriminator|policy|^[GD]$",
+    re.I,
+)
+GIVES_PARAMETERS = re.compile(
+    r"(?:named_|optim_)?parameters(?:_to_optimize)?$|configure_optimizers?$"
+)
+AVERAGE_NAME = re.compile(
+    r"(?:^|_)(?:ema|swa|avg_model|model_avg|averaged?|shadow)(?:_|\d|$)", re.I
+)
+LOSS_NAME = re.compile(
+    r"loss|nll|ppl|perplex|bpb|(?:^|_)(?:err\w?|cost|elbo|mse|ce|bce|objective)(?:_|\d|$)|^err[DG]",
+    re.I,
+)
+METRIC_NAME = re.compile(
+    r"acc|score|bleu|auc|^f1|map\b|_map|dice|iou|metric|reward|fid|prec|recall|top|psnr", re.I
+)
+
+
+class Roles:
+    """Which names are optimizers, schedulers, models."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        self.optimizer = cache(self._is_optimizer)
+        used = [(*method_call(call), bool(call.args)) for call in script.calls]
+        self.modules = list(
+            dict.fromkeys(
+                name
+                for name, method, is_given in used
+                if method in {"parameters", "named_parameters"}
+                or (method in {"train", "eval", "zero_grad"} and not is_given)
+                if name not in ("", "self") and not self.optimizer(name)
+            )
+        )
+
+    def _is_optimizer(self, name: str) -> bool:
+        end = last(name)
+        if not name or (SCHEDULER_NAME.search(end) and not OPTIMIZER_CALL.search(end)):
+            return False
+        return (
+            self.made_by(name, OPTIMIZER_CALL)
+            or (end == "optimizer" and self.optimizer(name.rpartition(".")[0]))
+            or (bool(OPTIMIZER_NAME.search(end)) and not self.arguments(name))
+        )
+
+    def scheduler(self, name: str) -> bool:
+        by_name = SCHEDULER_NAME.search(last(name)) or self.made_by(name, SCHEDULER_CALL)
+        return bool(name and by_name) and not self.optimizer(name)
+
+    def arguments(self, name: str) -> bool:
+        """Command-line arguments: the result of `parse_args()`."""
+        makes = {called(call) for call in self.script.made(name)}
+        return bool(makes & {"parse_args", "parse_known_args"})
+
+    def made_by(self, name: str, call_name: re.Pattern[str]) -> bool:
+        own_name = SCHEDULER_NAME if call_name is SCHEDULER_CALL else OPTIMIZER_NAME
+        return any(
+            call_name.search(self._maker(call)) and (b.index is None or own_name.search(last(name)))
+            for b in self.script.bindings.get(name, [])
+            for call in makers(b.value)
+        )
+
+    def _maker(self, call: ast.Call) -> str:
+        if isinstance(call.func, ast.Call) and call.func.args:  # getattr(torch.optim, x)(...)
+            return self.script.resolve(call.func.args[0]) + ".X"
+        return self.script.resolve(call.func)
+
+    def models_of(self, optimizer: str) -> list[str]:
+        """Models whose parameters an optimizer was given, as named where it was made."""
+        found = [name for call in self.script.made(optimizer) for name in self._models_in(call, 3)]
+        return list(dict.fromkeys(found))
+
+    def _models_in(self, expr: ast.AST, depth: int) -> Iterator[str]:
+        for node in walk(expr):
+            if isinstance(node, ast.Attribute) and GIVES_PARAMETERS.match(node.attr):
+                yield self._assigned(dotted(node.value))
+            elif isinstance(node, ast.Name) and node.id in self.modules:
+                if MODEL_NAME.search(node.id):
+                    yield node.id
+            elif isinstance(node, ast.Name) and depth and re.search("param|group", node.id, re.I):
+                for binding in self.script.bindings.get(node.id, []):
+                    yield from self._models_in(binding.value, depth - 1)
+
+    def _assigned(self, name: str) -> str:
+        """`model` for `model.fc`: the shortest prefix that the script assigns."""
+        heads = [name[: dot.start()] for dot in re.finditer(r"\.|$", name)]
+        made = [h for h in heads if h in self.script.bindings and not self.arguments(h)]
+        return [*made, name][0]
+
+
+# --- Where the optimizer steps, and the loops around it --------------------------------------
+class Update(NamedTuple):
+    """One optimizer step in the script: the call, whose it is, and the scaler it goes through."""
+
+    call: ast.Call
+    optimizer: str
+    scaler: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Nest:
+    """The loops around an update, outermost first; `sites` are the nodes of the innermost loop's
+    own function that step (the call itself, or the call of a helper that steps)."""
+
+    loops: tuple[Loop, ...]
+    sites: tuple[ast.AST, ...]
+    updates: tuple[Update, ...]
+    doubtful: str = ""
+
+    @property
+    def inner(self) -> Loop:
+        return self.loops[-1]
+
+    @property
+    def optimizers(self) -> list[str]:
+        return list(dict.fromkeys(u.optimizer for u in self.updates if u.optimizer))
+
+
+def find_updates(script: Script, roles: Roles) -> list[Update]:
+    uses = [(call, *method_call(call)) for call in script.calls]
+    engines = {name for call, name, method in uses if method == "backward" and call.args}
+    found = [update for call in script.calls if (update := _update(call, roles, engines))]
+    spread = [
+        Update(u.call, name, u.scaler)
+        for u in found
+        for name in looped_over(script, u.call, u.optimizer, roles.optimizer)
+    ]
+    # No optimizer at all: `p.data.add_(p.grad, alpha=-lr)` after a backward.
+    by_hand = {script.scope_of(n) for n in script.nodes if getattr(n, "attr", "") == "grad"}
+    return spread or [
+        Update(call, "")
+        for call, _, method in uses
+        if method == "backward" and script.scope_of(call) in by_hand and script.loops_around(call)
+    ]
+
+
+def _update(call: ast.Call, roles: Roles, engines: set[str]) -> Update | None:
+    receiver, method = method_call(call)
+    given = next((dotted(arg) for arg in call.args if roles.optimizer(dotted(arg))), "")
+    if given and method in {"step", "optimizer_step", "optimize", "step_optimizer"}:
+        return Update(call, given, receiver if SCALER_NAME.search(receiver) else "")
+    if given and SCALER_NAME.search(called(call)):  # loss_scaler(loss, optimizer, ...)
+        return Update(call, given, dotted(call.func))
+    if method not in {"step", "second_step", "step_and_update_lr"}:
+        return None
+    if roles.optimizer(receiver):
+        holder = receiver.rpartition(".")[0]
+        return Update(call, holder if roles.optimizer(holder) else receiver)
+    plain = not re.search(r"scaler|accelerator|fabric", receiver, re.I)
+    return Update(call, receiver) if receiver in engines and plain else None
+
+
+def looped_over(
+    script: Script, node: ast.AST, name: str, is_one: Callable[[str], bool]
+) -> list[str]:
+    """What `opt` is in `for opt in optimizers`, `in [a, b]`, also through zip and enumerate."""
+    for loop in script.loops_around(node):
+        if isinstance(loop, FORS) and name in targets(loop):
+            return [n for n in map(dotted, walk(loop.iter)) if is_one(n)] or [name]
+    return [name]
+
+
+def find_nests(script: Script, updates: Sequence[Update]) -> list[Nest]:
+    """From update calls to the loops that they stand in, through the functions that hold them."""
+    by_loop: dict[Loop, Nest] = {}
+    for update in updates:
+        for site, loops, doubt in _ways(script, update.call, ()):
+            new = Nest(tuple(loops[::-1]), (), (), doubt)
+            nest = by_loop.get(loops[0], new)
+            sites, made = (*nest.sites, site), (*nest.updates, update)
+            by_loop[loops[0]] = replace(nest, sites=sites, updates=made)
+    return _merged(script, list(by_loop.values()))
+
+
+Way = tuple[ast.AST, list[Loop], str]
+
+
+def _ways(script: Script, node: ast.AST, seen: tuple[ast.AST, ...]) -> list[Way]:
+    """Each way into a loop: the node that steps there, the loops from the inside, a doubt."""
+    scope = script.scope_of(node)
+    loops = [loop for loop in script.loops_around(node) if not _is_over_optimizers(loop)]
+    ways: list[Way] = []
+    if isinstance(scope, FUNCTIONS) and scope not in seen and len(seen) <= 5:
+        for call in script.callers(scope):
+            ways += _ways(script, call, (*seen, scope))
+    if not loops:
+        return ways
+    doubt = _perhaps_called(script, scope)
+    if len({tuple(outer) for _, outer, _ in ways}) > 1:
+        doubt = "the training function is called from several loops"
+    return [(node, loops + (ways[0][1] if ways else []), doubt)]
+
+
+def _perhaps_called(script: Script, scope: Scope) -> str:
+    """A method of this name is called in a loop, on an object whose class is not known."""
+    for call in script.calls if script.class_of(scope) else []:
+        same = method_call(call)[1] == getattr(scope, "name", "") and arguments(call)
+        if same and script.loops_around(call) and not script.definition(call):
+            return f"line {call.lineno} may call this training several times"
+    return ""
+
+
+def _is_over_optimizers(loop: Loop) -> bool:
+    """`for opt in optimizers: opt.step()` is not a loop over batches."""
+    names = set(targets(loop))
+    return any(
+        names & {name, *map(dotted, getattr(n, "args", []))}
+        for n in (own_all(loop.body) if names else [])
+        for name, method in [method_call(n)]
+        if method in {"step", "zero_grad"}
+    )
+
+
+def _merged(script: Script, nests: list[Nest]) -> list[Nest]:
+    """One nest per training loop: an inner loop of critic steps, or a remainder after it."""
+    for small, big in itertools.permutations(nests, 2):
+        if small.inner not in big.loops:
+            continue
+        if {*small.optimizers} <= {*big.optimizers}:  # a remainder, around `big`
+            return _merged(script, [n for n in nests if n is not small])
+        if script.inside(big.inner, small.inner):  # critic steps inside the iteration
+            whole = replace(small, updates=(*small.updates, *big.updates))
+            rest = [whole if n is small else n for n in nests if n is not big]
+            return _merged(script, rest)
+    return nests
+
+
+# --- The facts of one training loop ----------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class TrainingLoop:
+    """What the rules ask about one nest of loops; each fact is worked out when it is asked for."""
+
+    script: Script
+    roles: Roles
+    nest: Nest
+    obs: str  # the name of the drop-in
+    several: bool  # loops in this file
+    wants_resume: bool
+
+    # -- the loops
+    @cached_property
+    def loops(self) -> tuple[Loop, ...]:
+        """The loops of one run: those outside of which the optimizer is made."""
+        made = [b for name in self.optimizers for b in self.script.bindings.get(name, [])]
+        loops = self.nest.loops
+        while len(loops) > 1 and any(self._is_made_within(b, loops) for b in made):
+            loops = loops[1:]
+        return loops
+
+    def _is_made_within(self, made: Binding, loops: Sequence[Loop]) -> bool:
+        """Made inside the outermost of these loops, or in a function that this loop calls."""
+        callees = {self.script.scope_of(loop) for loop in loops[1:]}
+        return made.stmt in own_set(loops[0]) or (
+            made.scope in callees - {self.script.scope_of(loops[0])}
+        )
+
+    @property
+    def inner(self) -> Loop:
+        return self.nest.inner
+
+    @property
+    def outer(self) -> Loop:
+        return self.loops[0]
+
+    @cached_property
+    def scope(self) -> Scope:
+        return self.script.scope_of(self.inner)
+
+    @cached_property
+    def outer_scope(self) -> Scope:
+        return self.script.scope_of(self.outer)
+
+    @property
+    def start(self) -> Spot:
+        return self.script.home[self.outer]
+
+    @cached_property
+    def at_start(self) -> Names:
+        return self.script.bound(self.start)
+
+    @cached_property
+    def again(self) -> bool:
+        """Another loop calls this one again and again: all of it is one run, that the exit ends."""
+        whole = self.script.scope_of(self.nest.loops[0])
+        in_part = self.loops != self.nest.loops and whole != self.outer_scope
+        return bool(self.nest.doubtful) or in_part
+
+    @property
+    def last_site(self) -> int:
+        return max(getattr(site, "lineno", 0) for site in self.nest.sites)
+
+    def holds(self, node: ast.AST) -> bool:
+        return any(self.script.inside(node, loop) for loop in self.nest.loops)
+
+    # -- what is trained
+    @property
+    def optimizers(self) -> list[str]:
+        return self.nest.optimizers
+
+    @cached_property
+    def visible_optimizers(self) -> list[str]:
+        """Those of its names that are bound before the loop, else what else may be one of them."""
+        direct = [name for name in self.optimizers if name in self.at_start]
+        if direct and len(direct) == len(self.optimizers):
+            return direct
+        bindings, given = self.script.bindings, self.script.parameters(self.outer_scope)
+        seen = [name for name in bindings if name in self.at_start]
+        made = [name for name in seen if self.roles.made_by(name, OPTIMIZER_CALL)]
+        others = made or [name for name in given if "optim" in name.lower()]
+        return list(dict.fromkeys([*direct, *others]))
+
+    @cached_property
+    def models(self) -> list[str]:
+        """Those that an optimizer was given; else what is used as one, by its name or not."""
+        seen, script = self.at_start, self.script
+        optimizers = dict.fromkeys([*self.optimizers, *self.visible_optimizers])
+        found = [m for o in optimizers for m in self.roles.models_of(o) if m in seen]
+        used = [m for m in self.roles.modules if m in seen and m not in script.imports]
+        found = found or [m for m in used if MODEL_NAME.search(last(m))] or used
+        found = found or [
+            name
+            for name in dict.fromkeys(dotted(call.func) for call in script.calls)
+            if name in seen and re.search("model$|^net|net$", last(name))
+            if not script.is_function(name)
+        ]
+        copied = [
+            name
+            for call in script.calls  # a target network
+            for name, method in [method_call(call)]
+            if method == "load_state_dict" and name in seen and call in own_set(self.outer)
+            if not self.roles.optimizer(name)
+        ]
+        return list(dict.fromkeys([*self._of_scope(found), *copied, *self._averages(found)]))
+
+    def _averages(self, models: list[str]) -> list[str]:
+        """`ema = copy.deepcopy(model)` that the loop goes on with."""
+        used = loads(own_set(self.outer))
+        return [
+            name
+            for name in self.script.bindings
+            if name in self.at_start & used and AVERAGE_NAME.search(last(name))
+            for call in self.script.made(name)
+            if called(call) in {"deepcopy", "AveragedModel"}
+            and any(dotted(part) in models for part in own_all(arguments(call)))
+        ]
+
+    @cached_property
+    def schedulers(self) -> list[str]:
+        stepped = [
+            name
+            for call in self.script.calls
+            for receiver, method in [method_call(call)]
+            if method in {"step", "step_update"}
+            for name in looped_over(self.script, call, receiver, self.roles.scheduler)
+        ]
+        return self._of_scope(
+            [name for name in stepped if name in self.at_start and self.roles.scheduler(name)]
+        )
+
+    def _of_scope(self, names: list[str]) -> list[str]:
+        """The function's own names, where it has any: a global one may be the same object."""
+        local = self.script.locals_of(self.outer_scope)
+        return [name for name in names if root(name) in local] or names
+
+    # -- what is worked out of the parts below
+    @cached_property
+    def losses(self) -> list[Loss]:
+        found: dict[str, Loss] = {}
+        for loss in losses_of(self):
+            found.setdefault(loss.name, loss)
+        return list(found.values())
+
+    @cached_property
+    def conditions(self) -> list[tuple[ast.If, bool]]:
+        """The `if`s around the only update, outermost first, and the branch taken; none if each
+        iteration steps."""
+        ways = [tests_around(self, site) for site in self.nest.sites]
+        return ways[-1] if all(ways) else []
+
+    @cached_property
+    def gate(self) -> str:
+        """`with accelerator.accumulate(model)`: it steps where the gradients are whole."""
+        for parent, _ in self.script.above(self.nest.sites[-1]):
+            for item in parent.items if isinstance(parent, WITHS) else []:
+                engine, method = method_call(item.context_expr)
+                if method == "accumulate" and engine:
+                    return f"{engine}.sync_gradients"
+        return ""
+
+    @cached_property
+    def ends(self) -> list[StepSpot | Note]:
+        return list(ends_of(self))
+
+    @cached_property
+    def carried(self) -> Carried:
+        return carried_by(self)
+
+    # -- where a line goes
+    def add(self, spot: Spot, kind: str, code: str, confidence: str = "sure") -> list[Insertion]:
+        return place(self.script, spot, kind, code, confidence)
+
+    def fits(self, spot: Spot, code: str) -> bool:
+        indent = self.script.indent_of(spot.block)
+        return len(f"{indent.expandtabs(4)}{code}  {MARK}") <= COLUMNS
+
+    def in_columns(
+        self, spot: Spot, parts: Sequence[str], call: Callable[[Sequence[str]], str]
+    ) -> list[str]:
+        """Calls of ours that hold all the parts, as few as fit the width of a line."""
+        lines: list[list[str]] = []
+        for part in parts:
+            if lines and self.fits(spot, call([*lines[-1], part])):
+                lines[-1].append(part)
+            else:
+                lines.append([part])
+        return [call(some) for some in lines]
+
+    def counter(self, bound: Names) -> str:
+        """The script's own count of steps: one that goes up by 1 an iteration and never back."""
+        for node in own_all([] if self.again else self.inner.body):
+            if isinstance(node, ast.AugAssign) and self._counts_steps(node):
+                name = dotted(node.target)
+                return name if name in bound & self.at_start else ""
+        loop = self.inner
+        whole = not (self.again or self.conditions) and len(self.loops) == 1
+        if whole and isinstance(loop, ast.For) and is_range(loop.iter):
+            name = getattr(loop.target, "id", "")
+            return name if name in bound else ""
+        return ""
+
+    def _counts_steps(self, node: ast.AugAssign) -> bool:
+        name = dotted(node.target)
+        by_one = isinstance(node.op, ast.Add) and getattr(node.value, "value", None) == 1
+        all_of = self.script.bindings.get(name, [])
+        once = [b.stmt for b in all_of if b.stmt in own_set(self.outer)] == [node]
+        if not (by_one and once and re.search(r"step|iter|batch|^[nit]$", last(name), re.I)):
+            return False
+        mine, theirs = self._branches(node), self._branches(self.nest.sites[0])
+        return mine == theirs or (not self.conditions and {*mine} <= {*theirs})
+
+    def _branches(self, node: ast.AST) -> list[ast.AST]:
+        return [n for n, _ in self.script.above(node) if isinstance(n, (ast.If, *LOOPS))]
+
+
+def key_of(expr: str) -> str:
+    """An identifier for an expression: `iter_num` for `self.iter_num`."""
+    return re.sub(r"\W+", "_", expr.removeprefix("self.")).strip("_") or "value"
+
+
+# --- Where the step line goes ----------------------------------------------------------------
+class StepSpot(NamedTuple):
+    """Where a step line goes: the end of an iteration that made an optimizer step."""
+
+    spot: Spot
+    test: str = ""  # in words, where not every iteration steps
+    last: str = ""  # when the loop breaks after it
+
+
+Ends = Iterator[StepSpot | Note]  # with the exits behind a step that a resume cannot repeat
+
+
+def tests_around(n: TrainingLoop, site: ast.AST) -> list[tuple[ast.If, bool]]:
+    """Enclosing `if`s within the loop that do not step on every path, and the branch taken."""
+    around = list(n.script.above(site))
+    inside = around[: [parent for parent, _ in around].index(n.inner)]
+    return [
+        (parent, child in parent.body)
+        for parent, child in reversed(inside)
+        if isinstance(parent, ast.If) and not _always_steps(n, parent)
+    ]
+
+
+def _always_steps(n: TrainingLoop, stmt: ast.stmt) -> bool:
+    """Both branches of an `if` step; anything else does where it holds a step."""
+    if isinstance(stmt, ast.If):
+        return all(any(_always_steps(n, s) for s in part) for part in (stmt.body, stmt.orelse))
+    by_hand = isinstance(stmt, ast.For) and any(getattr(x, "attr", "") == "grad" for x in own(stmt))
+    return by_hand or any(n.script.inside(site, stmt) for site in n.nest.sites)
+
+
+def ends_of(n: TrainingLoop) -> Ends:
+    """Every place where an iteration that stepped ends."""
+    if n.gate:
+        yield StepSpot(_end(n.inner.body), n.gate)
+    elif n.conditions:
+        yield from _conditional_ends(n)
+    else:
+        case = _case(n)
+        sure = [site for site in n.nest.sites if not tests_around(n, site)]
+        block, sites = (case, [n.nest.sites[-1]]) if case else (n.inner.body, sure)
+        yield from _ends(n, block, min((n.script.index_in(block, s) for s in sites), default=0))
+
+
+def _conditional_ends(n: TrainingLoop) -> Ends:
+    """`if (i + 1) % k == 0: opt.step()`: behind all that follows the `if`, if that can be said
+    again in the line's own words; else in the branch that steps."""
+    outermost, (innermost, taken) = n.conditions[0][0], n.conditions[-1]
+    place = Spot(n.inner.body, n.script.index_in(n.inner.body, outermost))
+    rest = place.block[place.index :]
+    branch = innermost.body if taken else innermost.orelse
+    pure = all(_is_pure(test.test, rest) for test, _ in n.conditions)
+    if len(rest) > 1 and pure and not _exits(n, rest[1:]):
+        yield StepSpot(_end(place.block), _words(n.conditions))
+        return
+    breaks = [leave for leave in _exits(n, rest[1:]) if not isinstance(leave, ast.Continue)]
+    known = {leave: test for leave in breaks if (test := _break_test(n, leave, rest[1:]))}
+    later = " or ".join(f"({test})" if len(known) > 1 else test for test in known.values())
+    yield from (_unseen(leave) for leave in breaks if leave not in known)
+    if not n.script.own_line(branch[0]) and pure:
+        yield StepSpot(n.script.behind(outermost), _words(n.conditions), later)
+        return
+    sites = [site for site in n.nest.sites if n.script.inside(site, innermost)]
+    for end in _ends(n, branch, min(n.script.index_in(branch, site) for site in sites)):
+        yield end._replace(last=end.last or later) if isinstance(end, StepSpot) else end
+
+
+def _case(n: TrainingLoop) -> list[ast.stmt]:
+    """The body of the `case` that steps."""
+    for parent, _ in n.script.above(n.nest.sites[-1]):
+        if isinstance(parent, ast.match_case) and n.script.inside(parent, n.inner):
+            return parent.body
+    return []
+
+
+def _break_test(n: TrainingLoop, leave: ast.stmt, rest: Sequence[ast.stmt]) -> str:
+    """The test of a break that follows the step line, in words."""
+    owner = n.script.parent[leave]
+    if isinstance(leave, ast.Break) and isinstance(owner, ast.If) and owner in rest:
+        said = leave in owner.body and _is_pure(owner.test, rest)
+        return ast.unparse(owner.test) if said else ""
+    return ""
+
+
+def _unseen(leave: ast.stmt) -> Note:
+    return refusal(leave, "the loop may end here, after its step, and a resumed run would go on")
+
+
+def _ends(n: TrainingLoop, block: list[ast.stmt], first: int) -> Ends:
+    """The end of `block`, and the exits from the loop after statement `first`."""
+    exits = _exits(n, block[first:])
+    yield from (_unseen(leave) for leave in exits if isinstance(leave, ast.Return))
+    for leave in exits:
+        if leave not in block:
+            yield from _before(n, leave)
+    end = _end(block)
+    yield StepSpot(end, last=_is_last(*block[end.index : end.index + 1]))
+
+
+def _is_last(*leave: ast.stmt) -> str:
+    return "True" if leave and isinstance(leave[0], ast.Break) else ""
+
+
+def _end(block: list[ast.stmt]) -> Spot:
+    """Behind the last statement, but before an exit and before names are deleted."""
+    index = len(block)
+    while index > 1 and isinstance(block[index - 1], (*EXITS, ast.Delete)):
+        index -= 1
+    return Spot(block, index)
+
+
+def _exits(n: TrainingLoop, stmts: Sequence[ast.stmt]) -> list[ast.stmt]:
+    return [
+        node
+        for node in own_all(stmts)
+        if isinstance(node, EXITS)
+        and node.lineno > n.last_site
+        and (isinstance(node, ast.Return) or n.script.loops_around(node)[0] is n.inner)
+    ]
+
+
+def _before(n: TrainingLoop, leave: ast.stmt) -> Ends:
+    """Before an exit; of `if done: break` before the `if`, under its test."""
+    spot, owner = n.script.home[leave], n.script.parent[leave]
+    if n.script.line_of(spot) is not None:
+        yield StepSpot(spot, last=_is_last(leave))
+        return
+    if isinstance(owner, ast.If) and spot.block is owner.body and _is_pure(owner.test, []):
+        place = n.script.home[owner]
+        if n.script.line_of(place) is not None:
+            if len(owner.body) > 1:  # what else is done there
+                yield _unseen(leave)
+            yield StepSpot(place, ast.unparse(owner.test), _is_last(leave))
+            return
+    yield note(leave, "this exit leaves no room for a line; its step is not logged")
+
+
+def _words(conditions: Sequence[tuple[ast.If, bool]]) -> str:
+    texts = [
+        ast.unparse(test.test) if taken else f"not ({ast.unparse(test.test)})"
+        for test, taken in conditions
+    ]
+    return texts[0] if len(texts) == 1 else " and ".join(f"({text})" for text in texts)
+
+
+def _is_pure(test: ast.expr, changing: Sequence[ast.stmt]) -> bool:
+    """Only names, numbers and comparisons, none of them assigned in `changing`."""
+    values = (ast.Name, ast.Attribute, ast.Constant, ast.BinOp, ast.UnaryOp, ast.BoolOp)
+    signs = (ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)
+    parts = list(walk(test))
+    simple = all(isinstance(part, (*values, *signs)) or called(part) == "len" for part in parts)
+    return simple and not written(changing).keys() & {*map(dotted, parts)}
+
+
+# --- The loss --------------------------------------------------------------------------------
+class Loss(NamedTuple):
+    """What is back-propagated: its name, the code that gives the value to log, and where."""
+
+    name: str
+    code: str
+    call: ast.Call
+
+
+ENGINE_NAME = re.compile(
+    r"accelerat|fabric|booster|engine|strategy|autograd|^amp|scaler|trainer|^self$", re.I
+)
+ACCUMULATED = re.compile(r"accum|micro|grad")
+
+
+def losses_of(n: TrainingLoop) -> Iterator[Loss]:
+    """What the loop back-propagates, or is given by the helper that steps."""
+    for call, expr in propagated_in(n):
+        yield from _named(n, expr, call)
+    for site in n.nest.sites:
+        if isinstance(site, ast.Call):  # loss = train_step(batch)
+            yield from (Loss(name, name, site) for name in losses_given(n.script, site))
+
+
+def propagated_in(n: TrainingLoop) -> Iterator[tuple[ast.Call, ast.expr]]:
+    """The calls of this loop that back-propagate, and what they do."""
+    inner = own_set(n.inner)
+    for call in n.script.calls:
+        expr, scope = propagated(call, n.roles), n.script.scope_of(call)
+        if expr is not None and call in inner:
+            yield call, expr
+        elif isinstance(scope, FUNCTIONS) and dotted(expr) in n.script.parameters(scope):
+            names = [name for name in n.script.parameters(scope) if name != "self"]
+            at = names.index(dotted(expr)) if dotted(expr) in names else sys.maxsize
+            for given in n.script.callers(scope):  # backward(loss), a helper
+                if given in inner and at < len(given.args):
+                    yield given, given.args[at]
+
+
+def propagated(call: ast.Call, roles: Roles) -> ast.expr | None:
+    """What a call back-propagates: `loss.backward()`, `accelerator.backward(loss)`,
+    `loss_scaler(loss, optimizer)`."""
+    first = call.args[0] if call.args else None
+    if isinstance(call.func, ast.Attribute) and call.func.attr == "backward":
+        name = last(dotted(call.func.value))
+        if first is None or not name or LOSS_NAME.search(name):
+            return call.func.value
+        if ENGINE_NAME.search(name) or LOSS_NAME.search(last(dotted(first))):
+            return first
+        return call.func.value if isinstance(first, ast.Call) else None  # its gradient
+    handed = any(roles.optimizer(dotted(arg)) for arg in call.args[1:])
+    return first if handed and SCALER_NAME.search(called(call)) else None
+
+
+def _named(n: TrainingLoop, expr: ast.expr, call: ast.Call) -> Iterator[Loss]:
+    """The names inside a back-propagated expression: `a + b`, `loss / k`, `loss.mean()`."""
+    receiver, method = method_call(expr)
+    if isinstance(expr, (ast.Name, ast.Attribute)) and dotted(expr):
+        yield Loss(dotted(expr), _unscaled(n, dotted(expr), call), call)
+    elif isinstance(expr, ast.BinOp):
+        sides = [expr.left, expr.right]
+        if not isinstance(expr.op, (ast.Add, ast.Sub)):
+            sides = sorted(sides, key=lambda side: not LOSS_NAME.search(last(dotted(side))))[:1]
+        for side in sides:
+            yield from _named(n, side, call)
+    elif method in {"mean", "sum"} and LOSS_NAME.search(last(receiver)):
+        yield Loss(receiver, f"{receiver}.{method}()", call)
+    elif method == "scale" and isinstance(expr, ast.Call) and expr.args:
+        yield from _named(n, expr.args[0], call)
+
+
+def _unscaled(n: TrainingLoop, name: str, call: ast.Call) -> str:
+    """`loss * K`, where it was divided by what a step accumulates."""
+    for binding in n.script.bindings.get(name, []):
+        stmt, value = binding.stmt, binding.value
+        if stmt in own_set(n.inner) and stmt.lineno <= call.lineno:
+            by_itself = isinstance(stmt, ast.AugAssign) and isinstance(stmt.op, ast.Div)
+            divisor = dotted(value if by_itself else divided_by(value))
+            if divisor and (ACCUMULATED.search(divisor) or divisor in _step_sizes(n.inner)):
+                return f"{name} * {divisor}"
+    return name
+
+
+def divided_by(value: ast.AST) -> ast.expr | None:
+    is_quotient = isinstance(value, ast.BinOp) and isinstance(value.op, ast.Div)
+    return value.right if is_quotient else None  # type: ignore[attr-defined]
+
+
+def _step_sizes(loop: Loop) -> set[str]:
+    """`K` of `if (i + 1) % K == 0`, and of an inner `for _ in range(K)`."""
+    nodes = list(own_all(loop.body))
+    tests = [part for node in nodes if isinstance(node, ast.If) for part in walk(node.test)]
+    mods = [p.right for p in tests if isinstance(p, ast.BinOp) and isinstance(p.op, ast.Mod)]
+    return {ast.unparse(mod) for mod in mods} | {
+        size for node in nodes if isinstance(node, FORS) for size in range_size(node)
+    }
+
+
+def range_size(loop: Loop) -> list[str]:
+    """`K` of `for _ in range(K)`."""
+    source = getattr(loop, "iter", None)
+    if isinstance(source, ast.Call) and called(source) == "range":
+        return [ast.unparse(size) for size in source.args[-1:]]
+    return []
+
+
+def losses_given(script: Script, call: ast.Call) -> list[str]:
+    """The names that take a loss of what a call gives: by their names, or by what the function
+    returns there. `l, a = evaluate()` where it ends in `return loss / n, correct / n`."""
+    names, helper = names_given(script, call), script.definition(call)
+    found = []
+    for index, name in enumerate(names):
+        value = _returned(helper, index if len(names) > 1 else None) if helper else None
+        is_many = value is None or isinstance(value, (ast.Tuple, ast.Dict, ast.DictComp))
+        parts = [] if is_many else [last(dotted(part)) for part in walk(value or call)]
+        if any(map(LOSS_NAME.search, [last(name), *parts])):
+            found.append(name)
+    return found
+
+
+def names_given(script: Script, call: ast.Call) -> list[str]:
+    """`loss` and `acc` of `loss, acc = evaluate(model)`."""
+    stmt = script.stmt_of(call)
+    return targets(stmt) if isinstance(stmt, ast.Assign) and stmt.value is call else []
+
+
+def _returned(helper: Function, index: int | None) -> ast.expr | None:
+    """What a function returns; `index`, where its caller takes a tuple apart."""
+    nodes = own_all(helper.body)
+    value = next((n.value for n in nodes if isinstance(n, ast.Return) and n.value), None)
+    if index is None:
+        return value
+    return {**dict(enumerate(getattr(value, "elts", [])))}.get(index)
+
+
+# --- What a resume gives back ----------------------------------------------------------------
+class Carried(NamedTuple):
+    """The loop-carried names by their keys, and the calls that give them back."""
+
+    values: dict[str, str]  # of this function: the step line sees them
+    lines: list[tuple[Spot, str]]
+
+
+NOT_CARRIED = re.compile(r"^pbar|progress_?bar|tqdm|writer$|logger$|^prof(?:iler)?$", re.I)
+CLOCK = re.compile(r"^(?:time\.\w+|perf_counter|time|monotonic|datetime\.\S+|timeit\.\w+)$")
+HOLDS_A_POSITION = {"iter", "open", "tqdm", "trange", "cycle", "enumerate", "zip", "deque"}
+MUTATORS = {"append", "extend", "update", "pop", "insert", "clear"}
+
+
+def carried_by(n: TrainingLoop) -> Carried:
+    """`step, best = obs.resume(step=step, best=best)` before each loop, of what it carries."""
+    mine = [loop for loop in n.loops if n.script.scope_of(loop) is n.scope]
+    names = {loop: _carried_names(n, loop) for loop in n.loops}
+    groups: list[tuple[Spot, dict[str, str]]] = []
+    for loop, inner in zip(mine, [*mine[1:], None]):
+        # Set between this loop's head and the next one: given back only there.
+        later = {*written(_prelude(loop, inner))} & {*names[inner]} if inner else set()
+        known = {*later, *(name for _, defaults in groups for name in defaults)}
+        defaults = {name: name for name in names[loop] if name not in known}
+        if loop is mine[0]:
+            tail = [name for name in _left_behind(n) if name not in defaults]
+            defaults |= dict.fromkeys(tail, "None")
+        groups.append((n.script.home[loop], defaults))
+    outside = n.loops[: -len(mine)]
+    groups += [(Spot(loop.body, 0), {name: name for name in names[loop]}) for loop in outside]
+    keys = _keys([name for _, defaults in groups for name in defaults])
+    lines: list[tuple[Spot, str]] = []
+    values: dict[str, str] = {}
+    for at, (spot, defaults) in enumerate(groups):
+        some = {next(keys): name for name in defaults}
+        lines += [(spot, code) for code in _give_back(n, spot, some, defaults)]
+        values |= some if at < len(mine) else {}
+    return Carried(values, lines)
+
+
+def _keys(names: Sequence[str]) -> Iterator[str]:
+    """An identifier for each; `step` and `step_2` for `self.step` and `step`."""
+    bases = [key_of(name) for name in names]
+    for at, base in enumerate(bases):
+        count = bases[:at].count(base)
+        yield f"{base}_{count + 1}" if count else base
+
+
+def _give_back(
+    n: TrainingLoop, spot: Spot, keys: dict[str, str], defaults: dict[str, str]
+) -> list[str]:
+    def call(some: Sequence[str]) -> str:
+        given = ", ".join(f"{key}={defaults[keys[key]]}" for key in some)
+        return f"{', '.join(keys[key] for key in some)} = {n.obs}.resume({given})"
+
+    return n.in_columns(spot, [*keys], call)
+
+
+def _carried_names(n: TrainingLoop, loop: Loop) -> list[str]:
+    """Names bound before the loop, assigned in it, and read before they are assigned there."""
+    script = n.script
+    bound, own_names = script.bound(script.home[loop]), script.locals_of(script.scope_of(loop))
+    names = [x for x in passed_on(n, loop) if x in bound and not object_made(n, x)]
+    filled = dict.fromkeys(name for node in own_all(loop.body) for name in _mutated(node))
+    more = [x for x in filled if x in bound and ("." in x or x in own_names)]
+    return list(dict.fromkeys([*names, *(x for x in more if _is_container(n, x))]))
+
+
+def passed_on(n: TrainingLoop, loop: Loop) -> list[str]:
+    """Names that one iteration leaves to the next one, or to what follows the loop."""
+    definitions = (*IMPORTS, *DEFINITIONS)
+    bound = [node for node in own_all(loop.body) if not isinstance(node, definitions)]
+    set_here = dict.fromkeys(name for node in bound for name in targets(node))
+    needed = needed_by(n, loop)[1].union(
+        *(n.script.outside(f) for f in n.script.functions if f is not n.script.scope_of(loop))
+    )
+    return [
+        name
+        for name in set_here
+        if name in needed
+        # An attribute of a name that is bound anew each time is not carried itself.
+        and not ("." in name and root(name) in set_here)
+        and not _is_saved(n, name)
+    ]
+
+
+def needed_by(n: TrainingLoop, loop: Loop) -> tuple[Names, Names]:
+    """What an iteration reads before it binds it; and what it or the code behind it does."""
+    flow = Flow(n.script)
+    if isinstance(loop, ast.While):
+        flow.read(loop.test, frozenset())
+    flow.block(loop.body, frozenset(targets(loop)))
+    direct = frozenset(flow.unbound)
+    flow.block(n.script.after(loop, LOOPS), frozenset())
+    return direct, frozenset(flow.unbound)
+
+
+def _is_saved(n: TrainingLoop, name: str) -> bool:
+    """What a checkpoint holds anyway, a time, or what shows something on a screen."""
+    made = any(n.roles.made_by(name, calls) for calls in (OPTIMIZER_CALL, SCHEDULER_CALL))
+    times = any(CLOCK.match(n.script.resolve(call.func)) for call in n.script.made(name))
+    shows = NOT_CARRIED.search(last(name))
+    return bool(made or shows or times) or name in [*n.optimizers, *n.models]
+
+
+def object_made(n: TrainingLoop, name: str) -> ast.Call | None:
+    """The call that made what cannot be put into a checkpoint as it is."""
+    for call in n.script.made(name):
+        kind = called(call)
+        if kind in HOLDS_A_POSITION or (kind[:1].isupper() and not kind.endswith("Tensor")):
+            return call
+    return None
+
+
+def _is_container(n: TrainingLoop, name: str) -> bool:
+    """`history = []`, which the loop fills."""
+    values = [binding.value for binding in n.script.bindings.get(name, [])]
+    literals = (ast.List, ast.Dict, ast.ListComp, ast.DictComp)
+    return bool(values) and all(
+        isinstance(value, literals) or called(value) in {"list", "dict"} for value in values
+    )
+
+
+def _mutated(node: ast.AST) -> list[str]:
+    """The list or dict that a call or an assignment to an item fills."""
+    receiver, method = method_call(node)
+    if method in MUTATORS:
+        return [receiver]
+    is_item = isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)
+    return [dotted(node)] if is_item else []
+
+
+def _left_behind(n: TrainingLoop) -> list[str]:
+    """Names that only the batch loop binds and that are read after it: a run that resumes at the
+    end of an epoch reads them before any batch has bound them."""
+    start = n.script.bound(n.script.home[n.inner]).union(targets(n.inner))
+    flow = Flow(n.script)
+    flow.block(n.script.after(n.inner), start)
+    end = n.script.at_end(n.inner.body) & n.script.locals_of(n.scope) & {*written(n.inner.body)}
+    return [name for name in flow.unbound if name in end - start]
+
+
+def _prelude(loop: Loop, inner: ast.AST) -> list[ast.stmt]:
+    """The statements of `loop`'s body that come before the one that holds `inner`."""
+    at = [i for i, stmt in enumerate(loop.body) if inner in own_set(stmt)]
+    return loop.body[: at[0]] if at else []
