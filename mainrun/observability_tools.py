@@ -1086,7 +1086,7 @@ class ZeroEdit:
         loss, self._loss, self._scaler = self._loss, None, None
         if optimizer is not self._optimizers[0]:
             number = next(i for i, known in enumerate(self._optimizers) if known is optimizer)
-            self.run.log({} if loss is None else {f"loss/train/{number}": loss})
+            self.run.log({} if loss is None else {f"loss/train/{number}": loss}, self.steps)
             return
         now, metrics, self._norm = time.perf_counter(), self._norm, {}
         if self.steps:  # what came before the first step is not known
