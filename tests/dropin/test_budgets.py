@@ -24,7 +24,7 @@ LINES = {
     "Part I": 1746,  # 650
     "Part II": 1690,  # 650
     "observability.py": 3436,  # 1300
-    "observability_tools.py": 895,  # 600
+    "observability_tools.py": 910,  # 600
 }
 MEDIAN = 8  # lines of a function
 NINE_IN_TEN = 20
