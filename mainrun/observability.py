@@ -362,12 +362,12 @@ class Run:
                 if samples is not None:
                     record["speed/samples_per_sec_step"] = samples / (now - pace.mark)
             record.update(metrics)
+            if pace.held or not pace.place:
+                self._date_held(step)
             self.global_step, pace.mark, pace.batches = step, now, 0
-            self.steps += 1
-            self.optimizers.stepped = False
+            self.steps, self.optimizers.stepped = self.steps + 1, False
             self.recorder.record("train", step, record)
-            if self.listeners:
-                self.tell("stepped", step, record)
+            self.tell("stepped", step, record)
         except Exception as error:  # whatever the caller handed in: the training goes on
             warn_once(f"step() failed and the training goes on: {error!r}")
         if self._checkpointer is not None:
@@ -387,8 +387,10 @@ class Run:
     ) -> None:
         """Record one evaluation, at the step under way or just made unless another is given.
 
-        `loss` is a number, a one-element tensor, or what evaluate() returned: of a dict the entry
-        named val, val_loss or loss, else the first that sounds like one; of a tuple its first.
+        Under way is one where the optimizer has stepped and step() is yet to come, which writes
+        it; without a hook that tells, the lines of the two calls do. `loss` is a number, a
+        one-element tensor, or what evaluate() returned: of a dict the entry named val, val_loss or
+        loss, else the first that sounds like one; of a tuple its first.
         """
         if not self._records("validation"):
             return
@@ -398,25 +400,62 @@ class Run:
             self._begin_epoch(epoch)
         loss, others = split_loss(loss)
         # Part of this iteration's time went into the evaluation: the step's own is not known.
-        # The loss as a copy: the script may go on adding to its tensor.
         self._pace.mark = None
-        number = as_number("loss/val_step", loss)
-        if number is not None:
-            self._pace.epoch_loss = loss.detach().clone() if hasattr(loss, "detach") else loss
+        comes_later = getattr(loss, "is_cuda", False) and loss.numel() == 1
+        loss = as_now(loss)
+        number = loss if comes_later else as_number("loss/val_step", loss)
         record = {f"{name}/val": value for name, value in {**others, **metrics}.items()}
-        # In mid-iteration the optimizer has stepped and step() is yet to come.
-        at = whole_number("step", step, self.global_step + self.optimizers.stepped)
         if number is None:
-            if record:
-                self.recorder.record("eval", at, record)
+            self._record("eval", step, record)
             return
-        evaluation = self.curve.expect(at, self.epoch, self.weights_seen())
+        self._pace.epoch_loss = loss
+        evaluation = self.curve.expect(self.global_step, self.epoch, self.weights_seen(), number)
         if not self.optimizers.steps and self._checkpointer and self._checkpointer.in_iteration():
             evaluation.weights += 0.5  # no hook tells whether they are those of the step before
-        self.recorder.record("eval", at, {"loss/val_step": number, **record})
+        self._record("eval", step, {"loss/val_step": loss, **record}, evaluation)
         if self._checkpointer is not None:
             self._checkpointer.evaluated(evaluation)
-        self.tell("evaluated", at, {"loss/val_step": loss, **record})
+
+    def _record(
+        self, phase: str, step: Any, metrics: Mapping[str, Any], of: Evaluation | None = None
+    ) -> None:
+        """Now, or by the call that tells of which step it is."""
+        at, place, pace = whole_number("step", step, None), None, self._pace
+        if at is None and phase == "eval" and self.optimizers.hooks:
+            at = None if self.optimizers.stepped else self.global_step
+        elif at is None:
+            place = script_places()
+            is_behind = self._state == "waiting" or follows(place, pace.place)
+            at = self.global_step if is_behind else None
+            if len(pace.held) > 999 or (
+                not self.steps and place in [each[-1] for each in pace.held]
+            ):
+                self._date_held()  # a loop goes on that never calls step()
+        if at is not None and not (of and pace.held):  # losses come in their order
+            return self._write(phase, at, metrics, of)
+        pace.held.append((phase, at, {n: as_now(v) for n, v in metrics.items()}, of, place))
+        return None
+
+    def _write(
+        self, phase: str, at: int, metrics: Mapping[str, Any], of: Evaluation | None
+    ) -> None:
+        if metrics:
+            self.recorder.record(phase, at, metrics)
+        if of is not None:
+            of.step = at
+            self.tell("evaluated", at, metrics)
+
+    @fenced
+    def _date_held(self, step: int | None = None) -> None:
+        """By step(), with its number, or by what tells that none comes."""
+        held, self._pace.held = self._pace.held, []
+        called_at, latest = [] if step is None else script_places(), self.global_step
+        under_way = latest + self.optimizers.stepped if step is None else step
+        for phase, at, metrics, of, place in held:
+            if at is None:
+                at = under_way if place is None or follows(called_at, place) else latest
+            self._write(phase, at, metrics, of)
+        self._pace.place = called_at or self._pace.place
 
     def progress(self) -> dict[str, Any]:
         """For state.json."""
@@ -439,10 +478,11 @@ class Run:
     def log(self, /, metrics: Mapping[str, Any], step: Any = None) -> None:
         """Record anything else, any time: numbers or one-element tensors by name.
 
-        A list, dict or text is kept in the record's tags.
+        A list, dict or text is kept in the record's tags. What comes before step() in an iteration
+        is of its step, which writes it.
         """
         if self._records("log"):
-            self.recorder.record("train", whole_number("step", step, self.global_step), metrics)
+            self._record("train", step, metrics)
 
     def skip_epoch(self, /, epoch: int | None = None) -> bool:
         """First line of an epoch's loop: `if obs.skip_epoch(epoch): continue`. Names the epoch.
@@ -450,6 +490,7 @@ class Run:
         Raises CheckpointError where resume() would, and has not been called.
         """
         self._put_back()
+        self._date_held()
         if self._checkpointer is not None:
             self._obey(self._checkpointer.between_epochs())
         return bool(self._enter_epoch(epoch))
@@ -483,6 +524,7 @@ class Run:
         completed = not str(status).startswith(("failed", "unfinished", "signal", "superseded"))
         if completed and self._state == "waiting":
             self._records("step")  # or all that is held would be lost
+        self._date_held()
         checkpointer, self._checkpointer = self._checkpointer, None
         if checkpointer is not None:
             fenced(checkpointer.finish)(completed)
@@ -556,6 +598,7 @@ class Run:
     @fenced
     def _close(self, status: str, completed: bool, results: Mapping[str, Any]) -> None:
         atexit.unregister(self._at_exit)
+        self._date_held()
         self.optimizers.remove()
         self.tell("finishing", status)
         if completed:  # of an epoch that was interrupted the last evaluation is not its loss
@@ -576,8 +619,14 @@ class Run:
         return self.home.plot(last=True) if self.settings.plot_interval > 0 else None
 
 
+Place = tuple[types.CodeType, int]  # a function of the script, and a line of it
+# A record that waits for its step: phase, step where it is known, metrics, evaluation, and where
+# it was called, None where it is of the step under way.
+Held = tuple[str, "int | None", Mapping[str, Any], "Evaluation | None", "list[Place] | None"]
+
+
 class Pace:
-    """What the rates divide by, and what an epoch has come to."""
+    """Where the loop is, what the rates divide by, and what an epoch has come to."""
 
     def __init__(self) -> None:
         self.mark: float | None = None  # perf_counter() when the current iteration began
@@ -587,6 +636,8 @@ class Pace:
         self.epoch: int | None = None
         self.epoch_began = (0.0, 0)  # perf_counter(), tokens
         self.epoch_loss: Any = None
+        self.held: list[Held] = []
+        self.place: list[Place] = []  # where step() was called, when last asked
 
 
 class OptimizerHooks:
@@ -596,11 +647,16 @@ class OptimizerHooks:
         self.lrs: dict[str, Any] = {}
         self.stepped = False  # since the last call of step()
         self.steps = 0
-        self._hooks: dict[int, Any] = {}
+        self.hooks: dict[int, Any] = {}
 
     def follow(self, optimizer: Any) -> None:
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # inside a wrapper
-        name = f"lr/{len(self._hooks)}" if self._hooks else "lr"
+        attributes = getattr(optimizer, "__dict__", {}).values()
+        parts = [each for value in attributes for each in several(value)]
+        if within := [each for each in parts if hasattr(type(each), "register_step_post_hook")]:
+            for each in within:  # it is a wrapper, that steps them
+                self.follow(each)
+            return
+        name = f"lr/{len(self.hooks)}" if self.hooks else "lr"
 
         def note(optimizer: Any, *_: object) -> None:
             self.stepped = True
@@ -609,11 +665,11 @@ class OptimizerHooks:
 
         if not hasattr(optimizer, "register_step_post_hook"):
             warn_once(f"{name} is not recorded, {type(optimizer).__name__} takes no step hook")
-        elif id(optimizer) not in self._hooks:
-            self._hooks[id(optimizer)] = optimizer.register_step_post_hook(note)
+        elif id(optimizer) not in self.hooks:
+            self.hooks[id(optimizer)] = optimizer.register_step_post_hook(note)
 
     def remove(self) -> None:
-        for hook in self._hooks.values():
+        for hook in self.hooks.values():
             hook.remove()
 
 
@@ -658,6 +714,13 @@ def parameter_count(model: Any) -> int | None:
         return None
 
 
+def as_now(value: Any) -> Any:
+    """A copy of what the script may go on adding to."""
+    if hasattr(value, "detach"):
+        return value.detach().clone()
+    return copy.copy(value) if isinstance(value, list | dict) else value
+
+
 def whole_number(name: str, value: Any, otherwise: R) -> int | R:
     """A count from whatever counts: an int of any library, a float that is whole."""
     try:
@@ -694,6 +757,59 @@ def env_int(name: str, otherwise: int) -> int:
     if not said.isdecimal():
         warn_once(f"{name}={said!r} is no number; it counts as {otherwise}")
     return int(said) if said.isdecimal() else otherwise
+
+
+# --- Where in the script --------------------------------------------------------------------------
+
+
+def caller() -> types.FrameType:
+    """The frame of the script that called into this file."""
+    frame = sys._getframe(1)
+    while frame.f_code.co_filename == __file__ and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def script_frames(root: Any = None) -> list[types.FrameType]:
+    """From the script's function that called us up to `root`, or to its module."""
+    frame: types.FrameType | None = caller()
+    frames: list[types.FrameType] = []
+    while frame is not None:
+        frames.append(frame)
+        is_last = frame.f_code is root or frame.f_code.co_name.startswith(("<m", "<c"))
+        frame = None if is_last else frame.f_back
+    return frames
+
+
+def script_places() -> list[Place]:
+    return [(frame.f_code, frame.f_lineno) for frame in reversed(script_frames())]
+
+
+def follows(later: Sequence[Place], earlier: Sequence[Place]) -> bool:
+    """Whether one call comes after another in one iteration, by the lines at which they part."""
+    for depth, (at, before) in enumerate(zip(later, earlier)):
+        if at != before:
+            [around, *within] = (loops_around(*place) for place in later[depth:])
+            is_same = all(first <= before[1] for first in around[-1:]) and not any(within)
+            return is_same and at[0] is before[0] and at[1] > before[1]
+    return False
+
+
+_LOOPS = (ast.For, ast.While)
+
+
+@functools.lru_cache(1000)
+def loops_around(code: types.CodeType, line: int) -> list[int]:
+    """The first lines of that function's loops around a line, the innermost's last."""
+    loops = (n for n in ast.walk(parsed_file(code.co_filename)) if isinstance(n, _LOOPS))
+    around = [loop.lineno for loop in loops if loop.lineno <= line <= (loop.end_lineno or 0)]
+    return [first for first in around if first >= code.co_firstlineno]
+
+
+def parsed_file(name: str) -> Any:
+    with contextlib.suppress(SyntaxError, ValueError):
+        return ast.parse("".join(linecache.getlines(name)))
+    return ast.Module([], [])
 
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -1312,19 +1428,23 @@ class Curve:
 
     def candidate(self) -> Evaluation:
         """The best, or one whose loss has not come yet and may be."""
-        none = Evaluation(0, None, math.nan)
-        return self._awaited[-1] if self._awaited else self.best or none
+        coming = [each for each in self._awaited if each.loss is None]
+        return coming[-1] if coming else self.best or Evaluation(0, None, math.nan)
 
-    def expect(self, step: int, epoch: int | None, weights: int) -> Evaluation:
-        self._awaited.append(Evaluation(step, epoch, weights))
-        return self._awaited[-1]
+    def expect(self, step: int, epoch: int | None, weights: int, loss: Any) -> Evaluation:
+        """One to be recorded; a loss that is there already has its rank at once."""
+        self._awaited.append(evaluation := Evaluation(step, epoch, weights))
+        if loss.__class__ is float:
+            self._rank(evaluation, loss)
+        return evaluation
 
     def evaluated(self, loss: float) -> None:
-        """The loss of the oldest evaluation that has none yet."""
-        evaluation = self._awaited.popleft()
-        evaluation.loss = loss
-        self._validations.append(evaluation)
-        best = self.best
+        """Recorded is the oldest one that was not yet."""
+        self._validations.append(evaluation := self._awaited.popleft())
+        self._rank(evaluation, loss)
+
+    def _rank(self, evaluation: Evaluation, loss: float) -> None:
+        best, evaluation.loss = self.best, loss
         again = best is not None and (best.step, best.loss) == (evaluation.step, loss)
         if math.isfinite(loss) and (best is None or again or loss < (best.loss or 0.0)):
             self.best = evaluation
@@ -2943,14 +3063,6 @@ def is_plain(value: Any) -> bool:
     return known or kind.__module__.partition(".")[0] in ("torch", "numpy")
 
 
-def caller() -> types.FrameType:
-    """The frame of the script that called into this file."""
-    frame = sys._getframe(1)
-    while frame.f_code.co_filename == __file__ and frame.f_back is not None:
-        frame = frame.f_back
-    return frame
-
-
 def names_in(frame: types.FrameType) -> dict[str, Any]:
     """What is in sight there: its module's names and its locals."""
     own = frame.f_locals
@@ -2972,7 +3084,7 @@ def is_variable(name: str, code: types.CodeType) -> bool:
 # --- Call sites that are missing ------------------------------------------------------------------
 
 Watched = Mapping[str, list[Any]]
-Place = tuple[types.CodeType | None, int]  # a function of the script, and a line of it
+Root = tuple[types.CodeType | None, int]  # where resume() was called
 Asked = tuple[list[str], types.CodeType, int]
 
 
@@ -2988,7 +3100,7 @@ class CallSiteChecks:
     def __init__(self, watched: Watched, loop: Loop, carried: CarriedLocals) -> None:
         self.seen = False  # the first step
         self.reads_behind = False  # the script, behind the loop over batches, what it left
-        self.root: Place = (None, 0)  # that called resume()
+        self.root: Root = (None, 0)  # that called resume()
         self._watched, self._loop, self._carried = watched, loop, carried
         self._notes: list[str] = []
         self._text = ScriptText([], self.root, set())
@@ -3097,17 +3209,6 @@ def weakly(value: Any) -> Callable[[], Any]:
 
 
 # What is in sight.
-
-
-def script_frames(root: Any = None) -> list[types.FrameType]:
-    """From the script's function that called us up to `root`, or to its module."""
-    frame: types.FrameType | None = caller()
-    frames: list[types.FrameType] = []
-    while frame is not None:
-        frames.append(frame)
-        is_last = frame.f_code is root or frame.f_code.co_name.startswith(("<m", "<c"))
-        frame = None if is_last else frame.f_back
-    return frames
 
 
 _INERT = (int, float, str, bytes, type(None), type, types.FunctionType, types.ModuleType)
@@ -3342,7 +3443,6 @@ def tensors_of(module: Any) -> list[Any]:
 
 # What the loops lack, by the script's text.
 
-_LOOPS = (ast.For, ast.While)
 _SCOPES = (ast.FunctionDef, ast.ClassDef, ast.Lambda)
 
 
@@ -3377,7 +3477,7 @@ class ScriptLoop:
     def over(self) -> set[str]:
         return names_of(self.node.iter) if isinstance(self.node, ast.For) else set()
 
-    def has(self, root: Place) -> bool:
+    def has(self, root: Root) -> bool:
         """Whether resume() is called in it, and not by way of its skip."""
         within = self.node.lineno <= root[1] <= self.node.end_lineno
         return self.code is root[0] and within and root[1] not in self.skips
@@ -3393,7 +3493,7 @@ class ScriptText:
     def __init__(
         self,
         frames: Sequence[types.FrameType],
-        root: Place,
+        root: Root,
         asked: set[str],
         skips: tuple[bool, bool] = (False, False),
     ) -> None:
@@ -3427,12 +3527,6 @@ def loops_of(frame: types.FrameType, tree: Any) -> Iterator[ScriptLoop]:
     for node in (each for each in ast.walk(tree) if isinstance(each, _LOOPS)):
         if frame.f_code.co_firstlineno <= node.lineno <= frame.f_lineno <= (node.end_lineno or 0):
             yield ScriptLoop(node, frame, tree)
-
-
-def parsed_file(name: str) -> Any:
-    with contextlib.suppress(SyntaxError, ValueError):
-        return ast.parse("".join(linecache.getlines(name)))
-    return ast.Module([], [])
 
 
 def asked_in(tree: Any) -> set[str]:

@@ -999,9 +999,9 @@ class ZeroEdit:
     """Records a script without call sites, by the hooks that torch has for every optimizer.
 
     A step is one of the optimizer that steps first; what the others' steps have is recorded with
-    their number behind its name. The loss of a step is the sum of what was back-propagated since
-    the gradients were zeroed: that is what the step descends. Evaluations and the place in the
-    loop cannot be seen.
+    their number behind its name. The loss of a step is the last that was back-propagated, without
+    what divided it by the number of micro-batches: as a call site is given it. Evaluations and the
+    place in the loop cannot be seen.
     """
 
     SHARE = 0.005  # of the loop's time, that gradient norms may take
@@ -1011,8 +1011,11 @@ class ZeroEdit:
         self._config = config_of(arguments)
         self.steps = 0
         self._optimizers: list[Any] = []
-        self._loss: Any = None  # back-propagated since the gradients were zeroed, the sum
-        self._scaler: Any = None  # whose scale() has been called since
+        self._loss: Any = None  # that was back-propagated last
+        self._divisors: list[float] = []  # what it was divided by, where that may matter
+        self._scaler: Any = None  # whose scale() has been called since the gradients were zeroed
+        self._backwards = 0  # since then
+        self._counts: set[tuple[int, int]] = set()  # of those of a step, and of which optimizer
         self._norm: dict[str, Any] = {}
         self._norm_at = 0  # the step at which it is due
         self._began = self._mark = 0.0  # perf_counter() before the first step and after the last
@@ -1036,7 +1039,7 @@ class ZeroEdit:
         return obs.current_run() is self.run
 
     def _note_zeroed(self, *_: Any, **__: Any) -> None:
-        self._loss = self._scaler = None
+        self._loss, self._scaler, self._backwards = None, None, 0
 
     def _note_scaled(self, _: Any, scaler: Any, *__: Any, **___: Any) -> None:
         self._scaler = scaler
@@ -1044,9 +1047,21 @@ class ZeroEdit:
     def _note_loss(self, tensors: Any, *_: Any, **__: Any) -> None:
         scale = getattr(self._scaler, "_scale", None)  # get_scale() would wait for the device
         for each in (each for each in obs.several(tensors) if each.numel() == 1):
+            self._backwards += 1
+            # Where nothing is accumulated the graph is not looked at: to read what it has saved
+            # runs the hooks of whoever saves it elsewhere or computes it again.
+            accumulates = max([self._backwards, *(count for _, count in self._counts)]) > 1
+            self._divisors = divisors(each) if accumulates else []
             # A tensor of its own: the script's `loss *= micro_batches` is not to reach it.
-            loss = each.detach() / (1 if scale is None else scale.to(each.device))
-            self._loss = loss if self._loss is None else loss + self._loss
+            self._loss = each.detach() / (1 if scale is None else scale.to(each.device))
+
+    def _take_loss(self, number: int) -> Any:
+        """Of the step that an optimizer has made, undivided by a count of its micro-batches."""
+        self._counts.add((number, self._backwards))
+        loss, counts = self._loss, [count for of, count in self._counts if of == number]
+        by = [n for n in counts for each in self._divisors if n > 1 and math.isclose(each, n)]
+        self._note_zeroed()
+        return loss * by[0] if loss is not None and by else loss
 
     def _is_wrapper(self, optimizer: Any) -> bool:
         """Whether it holds the one that steps: its own step() is called more often, by accelerate's
@@ -1083,10 +1098,10 @@ class ZeroEdit:
     def _after_step(self, optimizer: Any, *_: Any) -> None:
         if self.run is None or not self.is_alone() or self._is_wrapper(optimizer):
             return
-        loss, self._loss, self._scaler = self._loss, None, None
-        if optimizer is not self._optimizers[0]:
-            number = next(i for i, known in enumerate(self._optimizers) if known is optimizer)
-            self.run.log({} if loss is None else {f"loss/train/{number}": loss})
+        number = next(i for i, known in enumerate(self._optimizers) if known is optimizer)
+        loss = self._take_loss(number)
+        if number:
+            self.run.log({} if loss is None else {f"loss/train/{number}": loss}, self.steps)
             return
         now, metrics, self._norm = time.perf_counter(), self._norm, {}
         if self.steps:  # what came before the first step is not known
@@ -1103,6 +1118,17 @@ class ZeroEdit:
         self.run.finish(status)
         unseen = "evaluations are not seen and it cannot be resumed: for these patch the script"
         return obs.say(f"{self.steps} steps are in {self.run.dir}; {unseen} (README.md tells how)")
+
+
+def divisors(loss: Any) -> list[float]:
+    """What a loss was divided by at last, by numbers on the host: nothing waits for a device."""
+    node, found = loss.grad_fn, []
+    while (name := type(node).__name__) in ("DivBackward0", "MulBackward0"):
+        other = node._saved_other
+        if other is not None and other.device.type == "cpu" and other.numel() == 1 and other.item():
+            found.append(other.item() if name[0] == "D" else 1 / other.item())
+        node = node.next_functions[0][0]
+    return found
 
 
 def wrap(owner: Any, name: str, before: Hook | None = None, after: Hook | None = None) -> None:
