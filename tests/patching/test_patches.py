@@ -52,6 +52,10 @@ def calls(name: str) -> list[ast.Call]:
     return [call for call in found if ast.unparse(call.func).startswith("obs.")]
 
 
+def keywords(name: str, called: str) -> list[ast.keyword]:
+    return [k for call in calls(name) if call.func.attr == called for k in call.keywords]
+
+
 @pytest.mark.parametrize("name", READY)
 def test_a_ready_patch_holds_nothing_but_its_head_and_added_lines(name):
     head = re.match(HEAD, read(name))
@@ -101,18 +105,26 @@ def test_its_calls_fit_the_drop_in(name):
 
 
 @pytest.mark.parametrize("name", READY)
-def test_what_is_resumed_before_the_loop_is_what_a_step_carries(name):
-    resumed = {k.arg for c in calls(name) if c.func.attr == "resume" for k in c.keywords}
-    steps = [
-        k.value
-        for c in calls(name)
-        if c.func.attr == "step"
-        for k in c.keywords
-        if k.arg == "carry"
-    ]
-    carried = {key.value for step in steps for key in step.keys}
-    # Within the loop over epochs, resume() itself notes what an epoch begins with.
-    assert carried <= resumed <= carried | {"best_acc1"}
+def test_what_a_step_carries_is_asked_for_and_the_rest_is_read_off_the_script_by_its_name(name):
+    resumed = {k.arg: ast.unparse(k.value) for k in keywords(name, "resume")}
+    given = [key.value for k in keywords(name, "step") if k.arg == "carry" for key in k.value.keys]
+    assert {*given} <= resumed.keys()
+    # What no step carries is a variable of that name, bound by the very line that asks for it.
+    bound = {
+        target.id
+        for row in added(name)
+        if "obs.resume(" in row
+        for target in ast.walk(ast.parse(row.strip()).body[0])
+        if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store)
+    }
+    assert resumed.keys() - {*given} <= bound
+
+
+@pytest.mark.parametrize("name", READY)
+def test_its_lines_fit_a_hundred_columns(name):
+    longest = max(map(len, added(name)))
+    # The script's own names for "every so many micro-batches" leave no room there.
+    assert longest <= (116 if name.startswith("minimind-") else 100)
 
 
 def test_the_table_lists_every_patch_with_its_commit_lines_and_parts():
