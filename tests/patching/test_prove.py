@@ -47,10 +47,10 @@ obs.finish()  # observability
 
 def in_a_fork(job: recorder.Job) -> None:
     """What a fresh Python does with the job, but for the import of torch."""
-    os.chdir(job.root)
-    os.environ.update(job.env)
-    log = os.open(job.log, os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1), os.dup2(log, 2)
+    os.chdir(job.folder)
+    os.environ.update(prove.environment(job))
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{job.record}.{name}", os.O_WRONLY | os.O_CREAT), number)
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     sys.path.insert(0, "")
@@ -144,14 +144,14 @@ def test_a_single_random_number_is_found_with_its_step_and_both_values(script):
     ids=["a weight", "a setting", "moments", "torch's generator", "python's generator"],
 )
 def test_a_change_after_the_last_step_is_found_by_its_name(script, change, said):
-    report = prove_wrong(script, ("obs.finish()  #", f"obs.finish(); {change}  #"), pairs=1)
+    report = prove_wrong(script, ("obs.finish()  #", f"obs.finish(); {change}  #"))
     assert (report["verdict"], report["first_difference"]["kind"]) == ("differs", "end")
     assert report["first_difference"]["place"].startswith(said)
 
 
 def test_what_an_added_line_reads_is_not_the_scripts_doing(script):
     edit(script, ("loss=loss,", "loss=loss.item(),"))
-    report = prove_script(script, pairs=1)
+    report = prove_script(script)
     assert (report["verdict"], report["counts"]["value"]) == ("identical", 0)
 
 
@@ -182,7 +182,7 @@ def test_beyond_its_own_drift_a_script_still_differs(script):
 def test_a_line_that_only_the_patched_script_prints_so_is_found_with_both_texts(script):
     line = "    print('seen', seen)\n"
     say(script, line, "seen = 1\n")
-    report = prove_wrong(script, (line, f"    if step == 4: seen = 7\n{line}"), pairs=1)
+    report = prove_wrong(script, (line, f"    if step == 4: seen = 7\n{line}"))
     found = report["first_difference"]
     assert (report["verdict"], found["kind"], found["step"]) == ("differs", "line", 5)
     assert (found["original"], found["patched"]) == ("line seen 1", "line seen 7")
@@ -219,7 +219,7 @@ CLOCKS = {
 @pytest.mark.parametrize("line", CLOCKS.values(), ids=list(CLOCKS))
 def test_what_varies_or_comes_in_no_order_makes_no_difference(script, line):
     modules = "import logging, shutil, sys, tempfile, threading, time, tqdm, warnings\n"
-    report = prove_script(say(script, line, modules), kill=2, pairs=1)
+    report = prove_script(say(script, line, modules), kill=2)
     assert (report["verdict"], report["resume"]["verdict"]) == ("identical", "identical"), report
 
 
@@ -228,14 +228,14 @@ def test_a_file_that_the_patch_changes_is_found_by_its_name(script):
     say(script, "", "seen = 1\n")
     with script.open("a") as file:
         file.write(line)
-    report = prove_wrong(script, (line, f"seen = 7\n{line}"), pairs=1)
+    report = prove_wrong(script, (line, f"seen = 7\n{line}"))
     found = report["first_difference"]
     assert (report["verdict"], found["kind"], found["place"]) == ("differs", "file", "seen.bin")
 
 
 def test_a_file_that_differs_from_run_to_run_is_named_as_not_compared(script):
     say(script, "    open('n.bin', 'wb').write(os.urandom(4)); open('m.bin', 'wb').write(b'm')\n")
-    report = prove_script(script, pairs=1)
+    report = prove_script(script)
     assert (report["verdict"], report["counts"]["file"]) == ("identical", 1)
     assert report["not_compared"]["files"] == "n.bin"
 
@@ -243,7 +243,7 @@ def test_a_file_that_differs_from_run_to_run_is_named_as_not_compared(script):
 def test_a_script_that_saves_its_weights_saves_the_same(script):
     with script.open("a") as file:
         file.write("torch.save([model.state_dict(), optimizer.state_dict()], 'end.pt')\n")
-    report = prove_script(script, pairs=1, kill=2)
+    report = prove_script(script, kill=2)
     assert (report["verdict"], report["resume"]["verdict"]) == ("identical", "identical")
     assert report["counts"]["file"] == 1
 
@@ -252,7 +252,7 @@ def test_a_script_that_saves_its_weights_saves_the_same(script):
 
 
 def test_three_kills_lead_to_the_same_end(script):
-    resume = prove_script(script, kill=3, pairs=1)["resume"]
+    resume = prove_script(script, kill=3)["resume"]
     assert (resume["verdict"], resume["first_difference"]) == ("identical", None)
     assert len(resume["runs"]) == 4
     assert any(run["resumed_at"] for run in resume["runs"])
@@ -265,7 +265,7 @@ def test_what_a_loader_reads_on_the_way_back_is_not_compared(script):
         "    if obs.skip_batch(): continue  # observability"
     )
     edit(script, ("while step < 10:", loop), (".pow(2).mean()", ".pow(2).mean() * draw"))
-    report = prove_script(script, kill=2, pairs=1)
+    report = prove_script(script, kill=2)
     assert (report["verdict"], report["resume"]["verdict"]) == ("identical", "identical")
     assert report["counts"]["value"] == 10
 
@@ -280,7 +280,7 @@ def test_a_save_behind_the_end_of_an_epoch_is_known_by_its_place(script):
     skip = "    if obs.skip_epoch(epoch): continue  # observability\n"
     epochs = f"for epoch in range(3):\n{skip}    for batch in range(4):\n{inner}"
     script.write_text(f"{head}{epochs}obs.finish(){end}")
-    report = prove_script(script, kill=6, pairs=1, seed=5)
+    report = prove_script(script, kill=6, seed=5)
     assert (report["verdict"], report["resume"]["verdict"]) == ("identical", "identical")
     assert report["resume"]["save_interval"] == 3
     assert {4, 8} & {run["resumed_at"] for run in report["resume"]["runs"]}
@@ -292,7 +292,7 @@ def test_kills_find_what_is_not_carried(script):
         ("start, step = obs.resume(start=start, ", "step = obs.resume("),
         ('{"start": start, ', "{"),
     )
-    report = prove_script(script, kill=1, pairs=1)
+    report = prove_script(script, kill=1)
     assert report["verdict"] == "identical"
     assert report["resume"]["verdict"] == "differs"
     assert report["resume"]["first_difference"]["kind"] == "loss"
@@ -300,7 +300,7 @@ def test_kills_find_what_is_not_carried(script):
 
 def test_kills_find_a_printed_counter_that_no_checkpoint_holds(script):
     say(script, "    seen += 1\n    print(f'{seen} seen')\n", "seen = 0\n")
-    report = prove_script(script, kill=2, pairs=1)
+    report = prove_script(script, kill=2)
     found = report["resume"]["first_difference"]
     assert (report["verdict"], report["resume"]["verdict"]) == ("identical", "differs")
     assert (found["kind"], found["original"].endswith(" seen")) == ("line", True)
@@ -311,7 +311,7 @@ def test_kills_find_a_file_that_lacks_what_came_before(script):
     say(script, "    seen.append(step)\n", "seen = []\n")
     with script.open("a") as file:
         file.write("open('seen.txt', 'w').write(str(seen))\n")
-    resume = prove_script(script, kill=2, pairs=1)["resume"]
+    resume = prove_script(script, kill=2)["resume"]
     assert (resume["verdict"], resume["first_difference"]["place"]) == ("differs", "seen.txt")
 
 
@@ -319,13 +319,13 @@ def test_kills_find_a_file_that_lacks_what_came_before(script):
 def test_a_log_that_a_killed_run_goes_on_with_is_named_as_not_compared(script, mode):
     line = "    print(step, file=log, flush=True)\n"
     say(script, line, f"log = open('log.txt', '{mode}')\n")
-    resume = prove_script(script, kill=9, pairs=1, seed=5)["resume"]
+    resume = prove_script(script, kill=9, seed=5)["resume"]
     assert (resume["verdict"], resume["files_not_compared"]) == ("identical", "log.txt")
 
 
 def test_a_save_that_failed_is_the_reason(script):
     edit(script, ('"step": step}', '"step": step, "of": open}'))
-    done = run_tool(script, "--kill", 1, "--pairs", 1)
+    done = run_tool(script, "--kill", 1)
     assert done.returncode == 2
     assert re.search(r"^  resume: unanswered: step \d was not saved: of is a ", done.stdout, re.M)
     assert "left a checkpoint" not in done.stdout
@@ -334,7 +334,7 @@ def test_a_save_that_failed_is_the_reason(script):
 def test_a_run_that_fails_when_it_resumes_differs(script):
     begins = "while step < 10:\n"
     edit(script, (begins, f"if step: raise KeyError('late')  # observability\n{begins}"))
-    resume = prove_script(script, kill=2, pairs=1)["resume"]
+    resume = prove_script(script, kill=2)["resume"]
     assert (resume["verdict"], "KeyError: 'late'" in resume["why"]) == ("differs", True)
 
 
@@ -353,7 +353,7 @@ def test_kills_come_at_different_kinds_of_places_first(script):
     val = "    val = [model(data[i:]).abs().mean().item() for i in range(3)][-1]\n"
     val += "    obs.validation(val)  # observability\n"
     script.write_text(f"{head}{EPOCHS}{inner}{val}obs.finish(){end}")
-    resume = prove_script(script, kill=5, pairs=1)["resume"]
+    resume = prove_script(script, kill=5)["resume"]
     assert resume["verdict"] == "identical", resume
     assert sorted(run["where"] for run in resume["runs"][:5]) == [
         "at an epoch's last step",
@@ -366,7 +366,7 @@ def test_kills_come_at_different_kinds_of_places_first(script):
 
 def test_a_patch_that_cannot_resume_has_no_verdict_about_it(script):
     edit(script, ("start, step = obs.resume(start=start, step=step)  # observability\n", ""))
-    resume = prove_script(script, kill=1, pairs=1)["resume"]
+    resume = prove_script(script, kill=1)["resume"]
     assert (resume["verdict"], "never calls resume()" in resume["why"]) == ("unanswered", True)
 
 
@@ -376,7 +376,7 @@ def test_a_patch_that_cannot_resume_has_no_verdict_about_it(script):
 def test_the_report_is_json_on_request_and_steps_end_both(script):
     unmarked = [row for row in SCRIPT.splitlines() if not row.endswith("# observability")]
     script.write_text("\n".join(unmarked))
-    done = run_tool(script, "--steps", 3, "--pairs", 1, "--json", OBS_DISABLE="1")
+    done = run_tool(script, "--steps", 3, "--json", OBS_DISABLE="1")
     report = json.loads(done.stdout)
     assert (done.returncode, report["verdict"], report["counts"]["step"]) == (0, "identical", 3)
     assert report["observed"]["train"] == 2
@@ -418,7 +418,7 @@ time.sleep(0.3)  # gloo's threads abort a process that exits at once, one time i
 
 def test_the_end_of_every_rank_is_compared(script):
     script.write_text(RANKS)
-    options = ["--nproc", 2, "--pairs", 1, "--json"]
+    options = ["--nproc", 2, "--json"]
     done = run_tool(script, *options, "--kill", 1)
     report = json.loads(done.stdout)
     resume = report["resume"]
@@ -436,7 +436,7 @@ def test_the_end_of_every_rank_is_compared(script):
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
 def test_a_terminal_shows_the_time_left(script):
     terminal, end = os.openpty()
-    command = [sys.executable, TOOLS / "prove.py", script, "--pairs", "1", "--steps", "3"]
+    command = [sys.executable, TOOLS / "prove.py", script, "--steps", "3"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=end, check=False)
     shown = os.read(terminal, 1 << 16).decode()
     os.close(end), os.close(terminal)
@@ -446,7 +446,7 @@ def test_a_terminal_shows_the_time_left(script):
 def test_another_patch_can_be_given_and_status_1_says_that_it_differs(script):
     mine = script.with_name("mine.py")
     mine.write_text(SCRIPT.replace("obs.init(", "torch.rand(1); obs.init("))
-    done = run_tool(script, "--patched", mine, "--steps", 1, "--pairs", 1)
+    done = run_tool(script, "--patched", mine, "--steps", 1)
     assert (done.returncode, "first difference: step 1" in done.stdout) == (1, True)
 
 
@@ -459,13 +459,13 @@ def test_a_script_may_start_in_a_folder_of_its_project(script):
             "data = torch.randn(40, 4) * float(open('../data.txt').read())",
         ),
     )
-    options = {"root": script.parent.parent, "start": script.parent, "steps": 2, "pairs": 1}
+    options = {"root": script.parent.parent, "start": script.parent, "steps": 2}
     assert prove_script(script, **options)["verdict"] == "identical"
 
 
 def test_a_script_that_fails_by_itself_has_no_verdict(script):
     edit(script, ("while step < 10:\n", "while step < 10:\n    1 // (2 - step)\n"))
-    done = run_tool(script, "--pairs", 1)
+    done = run_tool(script)
     assert (done.returncode, "ZeroDivisionError" in done.stdout) == (2, True)
 
 
@@ -489,7 +489,7 @@ def test_parameters_that_have_no_values_yet_are_no_hindrance(script):
         "empty = [torch.nn.Linear(2, 2, device='meta'), torch.nn.LazyLinear(2)]\n"
     )
     edit(script, ("start = step = 0\n", f"start = step = 0\n{empty}"))
-    assert prove_script(script, pairs=1)["verdict"] == "identical"
+    assert prove_script(script)["verdict"] == "identical"
 
 
 def test_a_patch_that_fails_differs(script):
@@ -500,14 +500,14 @@ def test_a_patch_that_fails_differs(script):
 def test_the_users_folder_is_left_as_it_was(script):
     (script.parent / "out").mkdir()
     before = {path: path.stat().st_mtime_ns for path in script.parent.rglob("*")}
-    prove_script(script, pairs=1)
+    prove_script(script)
     assert {path: path.stat().st_mtime_ns for path in script.parent.rglob("*")} == before
 
 
 @pytest.mark.parametrize("name", ["loop_elsewhere", "several_processes"])
 def test_what_cannot_be_patched_or_watched_has_no_verdict(name):
     with pytest.raises(prove.Unanswered, match=r"engine\.py|is not watched"):
-        prove_script(SHAPES[name], pairs=1)
+        prove_script(SHAPES[name])
 
 
 # --- Every shape that is patched ------------------------------------------------------------------
@@ -523,7 +523,7 @@ def test_a_patched_shape_is_identical_and_resumes_where_it_offers_to(tmp_path, n
     patched = tmp_path / SHAPES[name].name
     patched.write_bytes(SHAPES[name].read_bytes())
     subprocess.run([sys.executable, TOOLS / "autopatch.py", "--write", patched], check=True)
-    report = prove_script(SHAPES[name], patched=patched, pairs=1, kill=2, seed=3)
+    report = prove_script(SHAPES[name], patched=patched, kill=2, seed=3)
     assert (report["verdict"], report["first_difference"]) == ("identical", None)
     assert report["observed"]["train"] > 0
     if ".skip_" in patched.read_text() or ".resume(" in patched.read_text():
