@@ -348,7 +348,7 @@ class Masks:
     def not_compared(self) -> dict[str, Any]:
         kinds = len(self.loose) + len(self.free) + len(self.wandering)
         files = [name.removeprefix("file ") for name in self.unlike if name.startswith("file ")]
-        left = {"kinds of line, in part": kinds, "files, or in part": ", ".join(sorted(files))}
+        left = {"kinds of line, in part": kinds, "files": ", ".join(sorted(files))}
         return {name: what for name, what in left.items() if what}
 
 
@@ -755,7 +755,13 @@ def recorded(copy: Copy, job: Job, code: int) -> Recording:
     if job.nproc == 1:
         lines = [line for log in logs for line in log.split("\n")[:-1]]
         others = Counter(copy.tidy(line) for line in map(seen, lines) if line) - heard
-        entries += [Entry("process", 0, line) for line in sorted(others.elements())]
+        # What a resumed process prints at first may end a line that another began.
+        ended = [*heard] if any(entry.kind == "resume" for entry in entries) else []
+        entries += [
+            Entry("process", 0, line)
+            for line in sorted(others.elements())
+            if not any(whole.endswith(line) for whole in ended)
+        ]
     for rank in range(1, job.nproc):
         ends = read_entries(copy, Path(f"{job.record}.{rank}"))
         entries += [
@@ -860,7 +866,7 @@ def read_lines(path: Path) -> Iterator[Any]:
 
 
 def tell(text: str, end: str = "\n") -> None:
-    print(f"prove: {text}", end=end, file=sys.stderr, flush=True)
+    print(f"prove: {text}{end}", end="", file=sys.stderr, flush=True)  # whole, of two threads
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -926,7 +932,7 @@ def sentences(report: Mapping[str, Any]) -> Iterator[str]:
 def _sentence(name: str, fact: Any, indent: str = "  ") -> Iterator[str]:
     if isinstance(fact, dict) and any(isinstance(item, dict | list) for item in fact.values()):
         verdict = filter(None, (fact.get("verdict"), fact.get("why")))
-        yield f"{indent}{name}: {', '.join(verdict)}".rstrip(": ")
+        yield f"{indent}{name}: {': '.join(verdict)}".rstrip(": ")
         for key, item in fact.items():
             if item and key not in ("verdict", "why"):
                 yield from _sentence(key.replace("_", " "), item, f"{indent}  ")

@@ -297,9 +297,8 @@ BAR = re.compile(r"%\|.*\||\[\d+:[\d:]+(?:<[\d:?]+)?, |\x1b\[\d*[A-HJK]")  # tqd
 
 def seen(line: str) -> str:
     """What stands there in the end; '' of a progress bar, and of what the drop-in says."""
-    text = line.rstrip("\r").rpartition("\r")[2]
-    is_ours = text.startswith("observability: ")
-    return "" if is_ours or not text.strip() or BAR.search(text) else text
+    text = line.rstrip("\r").rpartition("\r")[2].partition("observability: ")[0]
+    return "" if not text.strip() or BAR.search(text) else text
 
 
 class Stream:
@@ -314,7 +313,9 @@ class Stream:
     def write(self, text: str) -> Any:
         written = self.print(text)
         # A process shows a warning once: a resumed one again.
-        by = sys._getframe(1).f_globals.get("__name__")
+        by = str(sys._getframe(1).f_globals.get("__name__"))
+        if by.rpartition(".")[2] == "observability":  # in the middle of a line, it may be
+            return written
         is_line = threading.get_ident() == self.thread and by not in ("warnings", "_py_warnings")
         self.hear(text, "line" if is_line else "aside")
         return written
