@@ -613,7 +613,7 @@ def is_the_drop_ins(path: Path) -> bool:
     """In one of its runs or checkpoints, or beside these."""
     manifest = "run_manifest.json"
     within = any((folder / manifest).exists() for folder in path.parents)
-    beside = path.name == "latest" and any(path.parent.glob(f"*/{manifest}"))
+    beside = path.name.startswith(("latest", ".launch-")) and any(path.parent.glob(f"*/{manifest}"))
     return within or beside or (path.suffix == ".obs" and "tfevents" in path.name)
 
 

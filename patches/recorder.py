@@ -311,14 +311,12 @@ class Stream:
         self.print, stream.write = stream.write, self.write
 
     def write(self, text: str) -> Any:
-        written = self.print(text)
-        # A process shows a warning once: a resumed one again.
         by = str(sys._getframe(1).f_globals.get("__name__"))
-        if by.rpartition(".")[2] == "observability":  # in the middle of a line, it may be
-            return written
-        is_line = threading.get_ident() == self.thread and by not in ("warnings", "_py_warnings")
-        self.hear(text, "line" if is_line else "aside")
-        return written
+        # A process shows a warning once: a resumed one again.
+        is_aside = threading.get_ident() != self.thread or by in ("warnings", "_py_warnings")
+        if by.rpartition(".")[2] != "observability":  # whose line may come in the middle of one
+            self.hear(text, "aside" if is_aside else "line")  # first, as the kill may be due
+        return self.print(text)
 
     def hear(self, text: str, kind: str = "line") -> None:
         *lines, begun = f"{self.begun[kind]}{text}".split("\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import re
@@ -213,14 +214,104 @@ CLOCKS = {
     ),
     "a copy of itself": "    shutil.copy(__file__, 'copy.py')\n",
     "dots": "    print('.', end='' if step % 5 else None)\n",
+    "drawn anew": "    print(f'\\rstep {step}', end='')\n",
+    "a stamped log": "    open('t.log', 'a').write(f'{time.ctime()} step {step}\\n')\n",
+    "a stamped pickle": "    pickle.dump((time.time(), step), open('p.pkl', 'wb'))\n",
+    "a name by chance": (
+        "    print('run', uuid.uuid4().hex); open(f'n{time.time_ns()}', 'w').write('x')\n"
+    ),
+    "in another folder": (
+        "    os.makedirs('sub', exist_ok=True); os.chdir('sub')\n"
+        "    open('x.txt', 'w').write(str(step)); os.chdir('..')\n"
+    ),
+    "beside the folder": "    open('../beside.txt', 'w').write(str(step))\n",
+    "by a loader's worker": (
+        "    loader = torch.utils.data.DataLoader(range(4), num_workers=1)\n"
+        "    read = [*loader] if step == 2 else []\n"
+    ),
+    "by descriptor": "    os.write(1, f'at {step}\\n'.encode())\n",
+    "a heartbeat": "    threading.Timer(0.01, print, ['alive', time.time()]).start()\n",
+    "deaf to signals": "    signal.signal(signal.SIGTERM, lambda *_: None)\n",
+    "what lay there": "    print('old' if os.path.exists('f') else 'new'); open('f', 'w')\n",
 }
+MODULES = (
+    "import logging, pickle, shutil, signal, subprocess, sys, tempfile, threading, time, tqdm\n"
+    "import uuid, warnings\n"
+)
 
 
 @pytest.mark.parametrize("line", CLOCKS.values(), ids=list(CLOCKS))
 def test_what_varies_or_comes_in_no_order_makes_no_difference(script, line):
-    modules = "import logging, shutil, sys, tempfile, threading, time, tqdm, warnings\n"
-    report = prove_script(say(script, line, modules), kill=2)
+    report = prove_script(say(script, line, MODULES), kill=2)
     assert (report["verdict"], report["resume"]["verdict"]) == ("identical", "identical"), report
+
+
+SHOWN = {
+    "by descriptor": "    os.write(1, f'seen {seen}\\n'.encode())\n",
+    "by a process": "    subprocess.run(['echo', f'seen {seen}'])\n",
+    "as bytes": "    sys.stdout.buffer.write(f'seen {seen}\\n'.encode())\n",
+    "drawn anew": "    print(f'\\rseen {seen}', end='' if step < 10 else None)\n",
+    "in a line without an end": "    print('seen', seen, end=' ')\n",
+    "beside what comes by the clock": (
+        "    if os.urandom(1)[0] % 2: print('tick')\n    print('seen', seen)\n"
+    ),
+    "in a stamped log": "    open('t.log', 'a').write(f'{time.time()} seen {seen}\\n')\n",
+    "beside the folder": "    open('../t.log', 'a').write(f'seen {seen}\\n')\n",
+    "elsewhere": "    open(elsewhere, 'w').write(f'seen {seen}\\n')\n",
+    "elsewhere, by torch": "    torch.save(seen, elsewhere)\n",
+    "by what is deleted": "    if seen == 1 and os.path.exists('f.txt'): os.remove('f.txt')\n",
+    "by what is made": "    if seen == 7: open('made.txt', 'w').close()\n",
+}
+
+
+@pytest.mark.parametrize("line", SHOWN.values(), ids=list(SHOWN))
+def test_whatever_the_patch_changes_in_what_is_shown_is_found(script, tmp_path, line):
+    script.with_name("f.txt").touch()
+    say(script, line, f"{MODULES}seen, elsewhere = 1, {str(tmp_path / 'else.pt')!r}\n")
+    report = prove_wrong(script, (line, f"    seen = 7\n{line}"))
+    assert report["verdict"] == "differs", report
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("lr=0.1", "lr=0.1000001"),
+        ("obs.finish()  #", "obs.finish(); print('more')  #"),
+        ("obs.finish()  #", "obs.finish(); os._exit(0)  #"),
+        ("obs.finish()  #", "obs.finish(); raise SystemExit(3)  #"),
+        ("    print('val', step)\n", "    if step != 5: print('val', step)\n"),
+    ],
+    ids=["its learning rate", "a line more", "its end", "its status", "an evaluation"],
+)
+def test_a_patch_that_changes_anything_differs(script, change):
+    report = prove_wrong(say(script, "    print('val', step)\n"), change)
+    assert report["verdict"] == "differs", report
+
+
+def test_a_run_that_a_process_shows_otherwise_after_a_kill_differs(script):
+    say(script, "    seen += 1; os.write(1, f'{seen} seen\\n'.encode())\n", "seen = 0\n")
+    edit(script, ("step < 10", "step < 10 and seen < 12"))
+    report = prove_script(script, kill=2)
+    assert (report["verdict"], report["resume"]["verdict"]) == ("identical", "differs"), report
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("if step == 4: os._exit(0)", "by os._exit"),
+        ("if step == 4: raise SystemExit(3)", "status 3"),
+        ("input()", "EOFError"),
+        ("raise OSError(28, os.strerror(28))", "a disk is full"),
+    ],
+)
+def test_an_original_without_a_proper_end_has_no_verdict(script, line, said):
+    with pytest.raises(prove.Unanswered, match=said):
+        prove_script(say(script, f"    {line}\n"))
+
+
+def test_a_script_that_ends_itself_in_the_middle_is_compared_to_there(script):
+    report = prove_script(say(script, "    if step == 4: raise SystemExit(0)\n"))
+    assert (report["verdict"], report["counts"]["step"]) == ("identical", 5)
 
 
 def test_a_file_that_the_patch_changes_is_found_by_its_name(script):
@@ -501,6 +592,28 @@ def test_the_users_folder_is_left_as_it_was(script):
     before = {path: path.stat().st_mtime_ns for path in script.parent.rglob("*")}
     prove_script(script)
     assert {path: path.stat().st_mtime_ns for path in script.parent.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["missing.py"], "No such file"),
+        (["."], "cannot read the script"),
+        (["train.py", "--patched", "missing.py"], "No such file"),
+        (["train.py", "--link", "/"], "not in the subpath"),
+        (["notes.py"], "autopatch.py cannot patch it"),
+        (["train.py", "--kill", "0"], "0 is not a number from 1 on"),
+    ],
+)
+def test_what_cannot_be_proved_is_a_sentence_and_status_2(
+    script, capsys, monkeypatch, arguments, said
+):
+    script.with_name("notes.py").write_text("this is no Python\n")
+    monkeypatch.chdir(script.parent)
+    with contextlib.suppress(SystemExit):
+        assert prove.main(arguments) == 2
+    shown = capsys.readouterr()
+    assert said in shown.out + shown.err
 
 
 @pytest.mark.parametrize("name", ["loop_elsewhere", "several_processes"])
