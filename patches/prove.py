@@ -41,11 +41,11 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lines import PatchError, marked_numbers, reverse, split_lines
 from recorder import COMPARED, COUNTED, UNREADABLE, Entry, Job, seen
@@ -57,6 +57,7 @@ DROP_IN = HERE.parent / "mainrun" / "observability.py"
 SLACK = 2.0  # times the script's own drift, known from few samples, that the patched one may have
 NOT_COPIED = {".git", ".venv", "venv", "node_modules", "__pycache__", "wandb", "runs", "out"}
 
+T = TypeVar("T")
 Difference = dict[str, Any]
 # Runs `record` in a new process and returns its exit status; calls the function now and then.
 Runner = Callable[[Job, Callable[[], None]], int]
@@ -215,17 +216,15 @@ def difference(one: Entry | None, other: Entry | None) -> Difference:
     return {"step": there.step, "kind": there.kind, "place": there.place, **sides}
 
 
-def find(found: Iterator[Difference | None]) -> Difference | None:
+def find(found: Iterable[T]) -> T | None:
     return next(filter(None, found), None)
 
 
 def drift_of(one: Recording, other: Recording) -> float:
     """The mean distance of two losses or values at one place in their order: of few runs it says
     more than the largest, which one spike decides."""
-    pairs = [
-        *zip(one.of("loss"), other.of("loss"), strict=False),
-        *zip(one.of("value"), other.of("value"), strict=False),
-    ]
+    kinds = [zip(one.of(kind), other.of(kind), strict=False) for kind in ("loss", "value")]
+    pairs = [*itertools.chain(*kinds)]
     apart = [abs((a.value or 0.0) - (b.value or 0.0)) for a, b in pairs if a.bits != b.bits]
     mean = math.fsum(apart) / max(1, len(pairs))
     return mean if math.isfinite(mean) else sys.float_info.max  # JSON has no infinity
@@ -406,26 +405,23 @@ def resume(
     killed: Killed | None, originals: Sequence[Recording], masks: Masks, verdict: str
 ) -> dict[str, Any]:
     """The verdict about resume, where there is one without a kill."""
-    if killed is None:
-        why = "the patch never calls resume() or skip_epoch()"
-        return {"verdict": "unanswered", "why": why}
-    if verdict != "identical":
-        why = f"without a kill the verdict is: {verdict}"
+    if killed is None or verdict != "identical":
+        never = "the patch never calls resume() or skip_epoch()"
+        why = f"without a kill the verdict is: {verdict}" if killed else never
         return {"verdict": "unanswered", "why": why}
     whole, runs = killed.whole, (killed.whole, *killed.parts)
     alone = numbers_differ(originals[0], whole) or next(masks.differences(whole.entries), None)
     parts = find(part_differs(whole, part, masks) for part in killed.parts)
     others, appended = files_differ(killed, masks)
     found = alone or parts or others or processes_differ(killed, masks)
-    broken = next(filter(None, (run.failure for run in runs)), "")
-    failed = next(filter(None, (run.failed_save for run in runs)), "")
+    broken, failed = find(run.failure for run in runs), find(run.failed_save for run in runs)
     why = failed or broken or ("saving alone changes the run" if alone else "")
     answer = "differs" if broken or found else "identical"
     if answer == "identical" and not any(part.resumed for part in killed.parts):
         answer, why = "unanswered", why or "no kill left a checkpoint to resume from"
     return {
         "verdict": answer,
-        "why": why,
+        "why": why or "",
         "first_difference": found,
         "runs": [*killed.runs()],
         "save_interval": killed.save_interval,
@@ -467,19 +463,19 @@ def processes_differ(killed: Killed, masks: Masks) -> Difference | None:
     name = BY_PROCESSES
     if any(place[0] == name for place in masks.free) or not killed.parts:
         return None
-    ours = {
-        masks.without_varying(name, entry.bits): entry
-        for place, entry in masks.lines.items()
-        if place[0] == name
-    }
-    theirs = {
-        masks.without_varying(name, entry.bits): entry
+    ours = [entry for place, entry in masks.lines.items() if place[0] == name]
+    theirs = [
+        entry
         for part in killed.parts
         for entry in part.of("process")
         if (name, template(entry.bits)) not in masks.wandering
-    }
-    odd = sorted(ours.keys() ^ theirs.keys())
-    return difference(ours.get(odd[0]), theirs.get(odd[0])) if odd else None
+    ]
+    one, other = (
+        {masks.without_varying(name, entry.bits): entry for entry in entries}
+        for entries in (ours, theirs)
+    )
+    odd = sorted(one.keys() ^ other.keys())
+    return difference(one.get(odd[0]), other.get(odd[0])) if odd else None
 
 
 AFTER_SAVE = "right after a save"
@@ -745,30 +741,18 @@ class Bench:
 
 
 def recorded(copy: Copy, job: Job, code: int) -> Recording:
-    logs = [Path(f"{job.record}.{name}").read_text("utf-8", "replace") for name in ("out", "err")]
-    output = copy.tidy("".join(logs))
+    files = [Path(f"{job.record}.{name}") for name in ("out", "err")]
+    # As bytes: a text file would begin a line at each \r.
+    logs = [copy.tidy(file.read_bytes().decode("utf-8", "replace")) for file in files]
+    output = "".join(logs)
     if os.strerror(errno.ENOSPC) in output:
-        raise Unanswered(f"a disk is full; TMPDIR={tempfile.gettempdir()} is copied to")
+        raise Unanswered(f"a disk is full; copies are made in {tempfile.gettempdir()}, or TMPDIR")
     entries = read_entries(copy, Path(job.record))
-    heard = Counter(entry.bits for entry in entries if entry.kind in ("line", "aside"))
-    entries = [entry for entry in entries if entry.kind not in ("aside", "begin")]
-    if job.nproc == 1:
-        lines = [line for log in logs for line in log.split("\n")[:-1]]
-        others = Counter(copy.tidy(line) for line in map(seen, lines) if line) - heard
-        # What a resumed process prints at first may end a line that another began.
-        ended = [*heard] if any(entry.kind == "resume" for entry in entries) else []
-        entries += [
-            Entry("process", 0, line)
-            for line in sorted(others.elements())
-            if not any(whole.endswith(line) for whole in ended)
-        ]
+    entries += by_processes(logs, entries) if job.nproc == 1 else ()
     for rank in range(1, job.nproc):
-        ends = read_entries(copy, Path(f"{job.record}.{rank}"))
-        entries += [
-            entry._replace(place=f"rank {rank} {entry.place}")
-            for entry in ends
-            if entry.kind == "end"
-        ]
+        for entry in read_entries(copy, Path(f"{job.record}.{rank}")):
+            if entry.kind == "end":
+                entries.append(entry._replace(place=f"rank {rank} {entry.place}"))
     if any(entry.kind == "killed" for entry in entries):  # a journal's last line may be torn
         return Recording(code, output, entries, {})
     opened = {entry.place for entry in entries if entry.kind == "open"}
@@ -779,14 +763,24 @@ def recorded(copy: Copy, job: Job, code: int) -> Recording:
 
 def read_entries(copy: Copy, path: Path) -> list[Entry]:
     entries = [Entry(*fields) for fields in read_lines(path)] if path.exists() else []
-    return [
-        entry._replace(place=copy.name(entry.place))
-        if entry.kind == "open"
-        else entry._replace(bits=copy.tidy(entry.bits))
-        if entry.kind in ("line", "aside")
-        else entry
-        for entry in entries
-    ]
+    for number, entry in enumerate(entries):
+        if entry.kind == "open":
+            entries[number] = entry._replace(place=copy.name(entry.place))
+        elif entry.kind in ("line", "aside"):
+            entries[number] = entry._replace(bits=copy.tidy(entry.bits))
+    return entries
+
+
+def by_processes(logs: Sequence[str], entries: Sequence[Entry]) -> Iterator[Entry]:
+    """The lines that were printed and not heard: by other processes, or past Python's streams."""
+    heard = Counter(entry.bits for entry in entries if entry.kind in ("line", "aside"))
+    lines = itertools.chain.from_iterable(log.split("\n")[:-1] for log in logs)
+    others = Counter(filter(None, map(seen, lines))) - heard
+    # What a resumed process prints at first may end a line that another began.
+    ended = tuple(heard) if any(entry.kind == "resume" for entry in entries) else ()
+    for line in sorted(others.elements()):
+        if not any(whole.endswith(line) for whole in ended):
+            yield Entry("process", 0, line)
 
 
 class Progress:
@@ -924,25 +918,20 @@ def _parser() -> argparse.ArgumentParser:
 def sentences(report: Mapping[str, Any]) -> Iterator[str]:
     """A line for each fact, those within another indented."""
     yield f"{report['script']}: {report['verdict']}"
-    for name, fact in report.items():
-        if fact and name not in ("script", "verdict"):
-            yield from _sentence(name.replace("_", " "), fact)
+    yield from _facts({name: report[name] for name in report if name not in ("script", "verdict")})
 
 
-def _sentence(name: str, fact: Any, indent: str = "  ") -> Iterator[str]:
-    if isinstance(fact, dict) and any(isinstance(item, dict | list) for item in fact.values()):
-        verdict = filter(None, (fact.get("verdict"), fact.get("why")))
-        yield f"{indent}{name}: {': '.join(verdict)}".rstrip(": ")
-        for key, item in fact.items():
-            if item and key not in ("verdict", "why"):
-                yield from _sentence(key.replace("_", " "), item, f"{indent}  ")
-    elif isinstance(fact, dict):
-        yield f"{indent}{name}: {', '.join(f'{key} {shown(item)}' for key, item in fact.items())}"
-    elif isinstance(fact, list):
-        for item in fact:
-            yield from _sentence(name, item, indent)
-    else:
-        yield f"{indent}{name}: {shown(fact)}"
+def _facts(facts: Mapping[str, Any], indent: str = "  ") -> Iterator[str]:
+    for key, fact in facts.items():
+        name = f"{indent}{key.replace('_', ' ')}"
+        for item in fact if isinstance(fact, list) else [fact] if fact else []:
+            if not isinstance(item, dict):
+                yield f"{name}: {shown(item)}"
+            elif "verdict" in item:
+                yield ": ".join(filter(None, (name, item["verdict"], item["why"])))
+                yield from _facts({k: item[k] for k in item if k not in ("verdict", "why")}, "    ")
+            else:
+                yield f"{name}: {', '.join(f'{key} {shown(each)}' for key, each in item.items())}"
 
 
 def shown(fact: Any) -> str:

@@ -225,10 +225,6 @@ CLOCKS = {
         "    open('x.txt', 'w').write(str(step)); os.chdir('..')\n"
     ),
     "beside the folder": "    open('../beside.txt', 'w').write(str(step))\n",
-    "by a loader's worker": (
-        "    loader = torch.utils.data.DataLoader(range(4), num_workers=1)\n"
-        "    read = [*loader] if step == 2 else []\n"
-    ),
     "by descriptor": "    os.write(1, f'at {step}\\n'.encode())\n",
     "a heartbeat": "    threading.Timer(0.01, print, ['alive', time.time()]).start()\n",
     "deaf to signals": "    signal.signal(signal.SIGTERM, lambda *_: None)\n",
