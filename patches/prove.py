@@ -1,6 +1,6 @@
 """Prove that a patched training script computes and says what the original does, to the last bit.
 
-    python prove.py train.py -- ARGS              the original and the patched script, both twice
+    python prove.py train.py -- ARGS              the original twice, the patched script once
     python prove.py train.py --steps 50 -- ARGS   the first 50 optimizer steps of each
     python prove.py train.py --kill 3 -- ARGS     and that a killed run comes to the same end
     python prove.py train.py --nproc 2 -- ARGS    as torchrun starts it, with two processes
@@ -9,11 +9,14 @@
 Each run is a process of its own in a fresh copy of the script's folder, with the same seed. Noted
 are the bits of every loss that is back-propagated, every float that the script reads off a tensor
 (validation losses are among them), every optimizer step, and at the end all parameters, buffers,
-optimizer states and random generators; every line that is printed, and every file that is written
-in the folder. What two runs of the original print or write differently is masked: of a line the
-numbers that vary, clocks and speeds at once. Not compared are progress bars, warnings, and what
-other threads and processes print. An original whose numbers differ from run to run is said to,
-and the verdict is then about how far it drifts. Processes that the script starts are not watched.
+optimizer states and random generators; every line that is printed, by the script or what it
+starts; and every file that is written, changed or deleted, line by line where it is text.
+
+What the runs of the original print or write differently is masked: of a line the numbers that
+vary, clocks and speeds at once. Not compared are progress bars, warnings, what other threads and
+other ranks print, and files outside the folder that neither Python nor torch.save opened. An
+original whose numbers differ from run to run is said to, and the verdict is then about how far it
+drifts. What processes that the script starts compute is not watched.
 
 Exit status: 0 identical, or within the script's own drift; 1 it differs; 2 no answer, and why.
 """
@@ -22,7 +25,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
+import errno
 import hashlib
 import itertools
 import json
@@ -32,22 +35,20 @@ import random
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lines import PatchError, marked_numbers, reverse, split_lines
-from recorder import ASIDE, COMPARED, UNREADABLE, Entry, Job
+from recorder import COMPARED, COUNTED, UNREADABLE, Entry, Job, seen
 
 __all__ = ["Options", "Unanswered", "main", "prove"]
 
@@ -56,6 +57,7 @@ DROP_IN = HERE.parent / "mainrun" / "observability.py"
 SLACK = 2.0  # times the script's own drift, known from few samples, that the patched one may have
 NOT_COPIED = {".git", ".venv", "venv", "node_modules", "__pycache__", "wandb", "runs", "out"}
 
+T = TypeVar("T")
 Difference = dict[str, Any]
 # Runs `record` in a new process and returns its exit status; calls the function now and then.
 Runner = Callable[[Job, Callable[[], None]], int]
@@ -78,54 +80,45 @@ class Options:
     seed: int = 0
     steps: int | None = None
     kill: int = 0
-    pairs: int = 2
     nproc: int = 1
 
 
 def prove(options: Options, run: Runner | None = None) -> dict[str, Any]:
-    """The verdict and what it stands on. Raises Unanswered."""
+    """The verdict and what it stands on. Raises Unanswered, and OSError where a disk is full."""
     with tempfile.TemporaryDirectory(prefix="prove-", ignore_cleanup_errors=True) as work:
-        bench = Bench(options, Path(work), run or fresh_process)
-        originals = [bench.run("original", bench.original)]
-        originals[0].check(options.script)
-        patched = [bench.run("patched", bench.patched)]
-        kills = Kills(bench, originals[0]) if options.kill else None
+        bench = Bench(options, Path(work).resolve(), run or fresh_process)
+        originals = [bench.run_original()]
+        with ThreadPoolExecutor(bench.room_for(originals[0])) as pool:
+            try:
+                kills = pool.submit(bench.kills)
+                patched = pool.submit(bench.run, "patched", bench.patched)
+                originals.append(pool.submit(bench.run_original).result())
+                runs = patched.result(), kills.result()
+            finally:  # one run may have no answer, or it is Ctrl-C: the others are to end, too
+                bench.stopping.set()
+        bench.stopping.clear()
+        report = compare(originals, *runs)
+        if "differs" in verdicts(report):
+            originals.append(bench.run_original("original, to be sure"))
+            report = compare(originals, *runs)
+        return report if options.kill else {k: v for k, v in report.items() if k != "resume"}
 
-        def run_others(bench: Bench) -> None:
-            """Of originals two at least: what these do not share is masked."""
-            for number in range(1, max(2, options.pairs)):
-                originals.append(bench.run("original", bench.original))
-                originals[-1].check(options.script)
-                if number < options.pairs:
-                    patched.append(bench.run("patched", bench.patched))
 
-        same = not patched[0].code and not numbers_differ(originals[0], patched[0])
-        if kills and same and not kills.obstacle and bench.has_room_for_two(originals[0]):
-            bench.side_by_side(kills.run, run_others)
-        elif not patched[0].code:
-            run_others(bench)
-        report = compare(originals, patched)
-        if (report["first_difference"] or {}).get("kind") in ("line", "file"):
-            originals.append(bench.run("original, to be sure", bench.original))
-            report = compare(originals, patched)
-        if kills:
-            report["resume"] = kills.prove(report["verdict"], Masks(originals))
-        return report
+def verdicts(report: Mapping[str, Any]) -> set[str]:
+    return {report["verdict"], report.get("resume", report)["verdict"]}
 
 
 # --- The verdict ----------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recording:
     """What a process did, and how it ended."""
 
     code: int
     output: str
-    entries: list[Entry]
-    observed: dict[str, int]  # the drop-in's records by phase: to prove an idle one is no proof
-    files: dict[str, str] = field(default_factory=dict)  # digests of what was written, by path
-    alone: bool = True  # no other run beside it: its times are worth something
+    entries: Sequence[Entry]
+    observed: Mapping[str, int]  # the drop-in's records by phase: an idle one proves nothing
 
     def of(self, *kinds: str) -> list[Entry]:
         return [entry for entry in self.entries if entry.kind in kinds]
@@ -145,6 +138,8 @@ class Recording:
 
     @property
     def failure(self) -> str:
+        if self.code == 0 or self.of("killed"):
+            return ""
         lines = "\n".join(self.output.strip().splitlines()[-5:])
         return f"it fails with status {self.code}, and these are its last lines:\n{lines}"
 
@@ -153,13 +148,13 @@ class Recording:
         return next(iter(self.of("resume")), None)
 
     @property
-    def afterwards(self) -> list[Entry]:
+    def afterwards(self) -> Sequence[Entry]:
         """Since it resumed, if it did."""
         return self.entries[self.entries.index(self.resumed) + 1 if self.resumed else 0 :]
 
     def check(self, script: Path) -> None:
         if self.code:
-            raise Unanswered(f"{script} is not patched yet: {self.failure}")
+            raise Unanswered(f"{script} fails before it is patched: {self.failure}")
         for entry in self.of("loss", "end"):
             if entry.bits.startswith(UNREADABLE):
                 raise Unanswered(
@@ -171,32 +166,35 @@ class Recording:
                 f"{script} back-propagated no loss in its own process; "
                 "a process that it starts is not watched"
             )
+        if not self.of("end"):
+            raise Unanswered(f"{script} ends by os._exit, so that its weights cannot be compared")
 
 
-def compare(originals: Sequence[Recording], patched: Sequence[Recording]) -> dict[str, Any]:
-    first, theirs, masks = originals[0], patched[-1], Masks(originals)
-    own = _first(numbers_differ(first, other) for other in originals[1:])
-    found = _first(numbers_differ(first, other) for other in patched)
+def compare(
+    originals: Sequence[Recording], patched: Recording, killed: Killed | None
+) -> dict[str, Any]:
+    first, masks = originals[0], Masks(originals)
+    own = find(numbers_differ(first, other) for other in originals[1:])
+    found = numbers_differ(first, patched)
     if not own:  # else what is said of these numbers differs too
-        found = found or _first(masks.difference(other) for other in patched)
-    drift, their_drift = (
-        max((drift_of(first, other) for other in runs), default=0.0)
-        for runs in (originals, patched)
-    )
-    within = own is not None and their_drift <= SLACK * drift
+        found = found or next(masks.differences(patched.entries), None)
+    drift = max(itertools.starmap(drift_of, itertools.combinations(originals, 2)))
+    theirs = min(drift_of(original, patched) for original in originals)
+    within = own is not None and theirs <= SLACK * drift
     verdict = "identical" if not (own or found) else "within own drift" if within else "differs"
-    counts = {kind: len(first.of(kind)) for kind in ("step", "loss", "value", "end")}
+    verdict = "differs" if patched.code else verdict
     return {
-        "verdict": "differs" if theirs.code else verdict,
-        "why": theirs.failure if theirs.code else "",
-        "counts": {**counts, "line": len(masks.lines), "file": len(masks.files)},
+        "verdict": verdict,
+        "why": patched.failure,
+        "counts": {kind: len(first.of(kind)) for kind in COMPARED} | masks.counts(),
         "first_difference": found,
         "own_difference": own,
-        **masks.report(),
-        "drift": {"original": drift, "patched": their_drift} if own else None,
-        "observed": theirs.observed,
-        "said": theirs.said,
-        "cost": {} if theirs.code else cost(originals, patched),
+        "own_line": masks.varies,
+        "not_compared": masks.not_compared(),
+        "drift": {"original": drift, "patched": theirs} if own else None,
+        "observed": patched.observed,
+        "said": patched.said,
+        "resume": resume(killed, originals, masks, verdict),
     }
 
 
@@ -205,56 +203,31 @@ def numbers_differ(one: Recording, other: Recording) -> Difference | None:
 
 
 def first_difference(ours: Sequence[Entry], theirs: Sequence[Entry]) -> Difference | None:
-    for one, other in zip_longest(ours, theirs):
-        if one is None or other is None or one.key != other.key:
-            return _difference(one, other)
+    for one, other in itertools.zip_longest(ours, theirs):
+        if one is None or other is None or not one.same(other):
+            return difference(one, other)
     return None
 
 
-def _difference(one: Entry | None, other: Entry | None) -> Difference:
+def difference(one: Entry | None, other: Entry | None) -> Difference:
     there = one or other
     assert there is not None
-    sides = {"original": str(one or "nothing more"), "patched": str(other or "nothing more")}
+    sides = {"original": str(one or "nothing there"), "patched": str(other or "nothing there")}
     return {"step": there.step, "kind": there.kind, "place": there.place, **sides}
 
 
-def _first(found: Iterator[Difference | None]) -> Difference | None:
+def find(found: Iterable[T]) -> T | None:
     return next(filter(None, found), None)
 
 
 def drift_of(one: Recording, other: Recording) -> float:
     """The mean distance of two losses or values at one place in their order: of few runs it says
     more than the largest, which one spike decides."""
-    pairs = [
-        *zip(one.of("loss"), other.of("loss"), strict=False),
-        *zip(one.of("value"), other.of("value"), strict=False),
-    ]
+    kinds = [zip(one.of(kind), other.of(kind), strict=False) for kind in ("loss", "value")]
+    pairs = [*itertools.chain(*kinds)]
     apart = [abs((a.value or 0.0) - (b.value or 0.0)) for a, b in pairs if a.bits != b.bits]
     mean = math.fsum(apart) / max(1, len(pairs))
-    return mean if math.isfinite(mean) else math.inf
-
-
-def cost(originals: Sequence[Recording], patched: Sequence[Recording]) -> dict[str, Any]:
-    """Medians over the runs: from the script's first line to its exit, and from step to step."""
-
-    def medians(runs: Sequence[Recording]) -> Iterator[float]:
-        alone = [times(run) for run in runs if run.alone]
-        return map(statistics.median, zip(*alone, strict=True))
-
-    rows = zip(
-        ("wall_s", "cpu_s", "wall_ms_a_step", "cpu_ms_a_step"),
-        medians(originals),
-        medians(patched),
-        strict=True,
-    )
-    return {name: {"original": ours, "patched": theirs} for name, ours, theirs in rows}
-
-
-def times(run: Recording) -> tuple[float, ...]:
-    steps = run.of("step") or run.of("loss")  # an update by hand has no step
-    between = zip(steps[0].times, steps[-1].times, strict=True)
-    each = [1e3 * (b - a) / max(1, len(steps) - 1) for a, b in between]
-    return (*run.of("done")[-1].times, *each)
+    return mean if math.isfinite(mean) else sys.float_info.max  # JSON has no infinity
 
 
 # --- What the script says -------------------------------------------------------------------------
@@ -262,279 +235,280 @@ def times(run: Recording) -> tuple[float, ...]:
 CLOCK = re.compile(
     r"\d+(?::\d\d)+(?:[.,]\d+)?|\d{4}-\d\d-\d\d"
     r"|\b(?:time|took|elapsed|duration)\W{1,3}\d[\d.]*(?:e[+-]?\d+)?"
-    r"|\d[\d.]*(?:e[+-]?\d+)? ?"
+    r"|(?:\d+[dhms] ?)*\d[\d.]*(?:e[+-]?\d+)?[kmg]? ?"
     r"(?:[mun]?s|secs?|seconds?|minutes?|h|hours?|\w*/s(?:ec\w*)?|s/\w+)\b",
     re.I,
 )
 NUMBER = re.compile(r"0x[0-9a-f]+|-?\d+(?:\.\d*)?(?:e[+-]?\d+)?|\b-?(?:nan|inf)\b", re.I)
 
-Place = tuple[int, int]  # of a line: how many entries came before it, and how many lines since
+SAID = ("line", "process", "file")
+PRINTED, BY_PROCESSES = "line ", "process "  # the names of what is in no file
+Slot = tuple[str, int]  # by its name a file; of what is printed, how many entries came before it
+Place = tuple[str, int, int]  # of a line: its slot, and how many lines came in it before
 
 
-def transcript(entries: Sequence[Entry], at: Place = (0, 0)) -> dict[Place, Entry]:
-    """The printed lines by their place."""
-    (slot, line), lines = at, {}
+def transcript(
+    entries: Sequence[Entry], since: tuple[int, int] = (0, 0), without: Collection[object] = ()
+) -> dict[Place, Entry]:
+    """What was printed and written, by its place; but for lines of some kinds."""
+    slot, line = since
+    lines: dict[Place, Entry] = {}
+    within = Counter({(PRINTED, slot): line})
     for entry in entries:
-        if entry.kind == "line":
-            lines[slot, line] = entry
-            line += 1
-        elif entry.kind in COMPARED:
-            slot, line = slot + 1, 0
+        if entry.kind in COMPARED:
+            slot += 1
+        elif entry.kind in SAID:
+            name = f"{entry.kind} {entry.place}"
+            key = name, slot if name == PRINTED else 0
+            if not without or (key[0], template(entry.bits)) not in without:
+                lines[key[0], key[1], within[key]] = entry
+                within[key] += 1
     return lines
 
 
+def masked(text: str, varying: Collection[int] | None = None) -> str:
+    """Without clocks, and without some of its numbers, or any."""
+    count = itertools.count()
+
+    def shown(number: re.Match[str]) -> str:
+        return "#" if varying is None or next(count) in varying else number[0]
+
+    return NUMBER.sub(shown, CLOCK.sub("<time>", text))
+
+
 def template(text: str) -> str:
-    return NUMBER.sub("#", CLOCK.sub("<time>", text))
-
-
-def numbers(text: str) -> list[str]:
-    return NUMBER.findall(CLOCK.sub("<time>", text))
+    return masked(text)
 
 
 class Masks:
     """What all runs of the original print and write alike; other runs are held against it."""
 
     def __init__(self, originals: Sequence[Recording]) -> None:
-        first, *others = originals
-        self.wandering: set[str] = set()  # templates of lines that come by the clock
-        self.loose_slots: set[int] = set()  # between which entries some came
-        for other in others:
-            self._find_wandering(transcript(first.entries), transcript(other.entries))
-        self.lines = self.settled(transcript(first.entries))
+        first, *others = (transcript(run.entries) for run in originals)
+        self.wandering = {kind for other in others for kind in wandering(first, other)}
+        # A file of a new name may be what the next run of the original writes, too.
+        self.names_vary = any(names(first) != names(other) for other in others)
+        first, *others = (transcript(run.entries, (0, 0), self.wandering) for run in originals)
+        self.lines = first
         self.free: set[Place] = set()  # lines that differ in words
-        self.loose: dict[str, set[int]] = defaultdict(set)  # which numbers vary, by template
+        self.loose: dict[tuple[str, str], set[int]] = defaultdict(set)  # which numbers vary
         self.varies: Difference | None = None  # the first line that differs
         for other in others:
-            self._loosen(self.settled(transcript(other.entries)))
-        names = {name for run in originals for name in run.files}
-        digests = {name: {run.files.get(name, "missing") for run in originals} for name in names}
-        self.files = {name: each.pop() for name, each in digests.items() if len(each) == 1}
-        self.unlike = sorted(names - self.files.keys())
-
-    def _find_wandering(self, ours: Mapping[Place, Entry], theirs: Mapping[Place, Entry]) -> None:
-        counts: list[dict[int, Counter[str]]] = [defaultdict(Counter), defaultdict(Counter)]
-        for count, lines in zip(counts, (ours, theirs), strict=True):
-            for (slot, _), entry in lines.items():
-                count[slot][template(entry.bits)] += 1
-        for slot in counts[0].keys() | counts[1].keys():
-            one, other = counts[0][slot], counts[1][slot]
-            if one.total() != other.total():
-                self.wandering |= {*(one - other), *(other - one)}
-                self.loose_slots.add(slot)
-
-    def settled(self, lines: Mapping[Place, Entry]) -> dict[Place, Entry]:
-        """Without those that come by the clock, numbered anew."""
-        if not self.wandering:
-            return dict(lines)
-        left: dict[Place, Entry] = {}
-        gone: Counter[int] = Counter()
-        for (slot, line), entry in lines.items():
-            if template(entry.bits) in self.wandering:
-                gone[slot] += 1
-            else:
-                left[slot, line - gone[slot]] = entry
-        return left
+            self._loosen(other)
+        self.unlike = {name for name, _ in self.wandering} | {name for name, _ in self.loose}
+        self.unlike |= {place[0] for place in self.free}
 
     def _loosen(self, theirs: Mapping[Place, Entry]) -> None:
         for place in sorted(self.lines.keys() | theirs.keys()):
             one, other = self.lines.get(place), theirs.get(place)
             if one and other and one.bits == other.bits:
                 continue
-            self.varies = self.varies or _difference(one, other)
+            self.varies = self.varies or difference(one, other)
             if not one or not other or template(one.bits) != template(other.bits):
                 self.free.add(place)
             else:
                 pairs = zip(numbers(one.bits), numbers(other.bits), strict=True)
-                self.loose[template(one.bits)] |= {i for i, (a, b) in enumerate(pairs) if a != b}
+                varying = {i for i, (a, b) in enumerate(pairs) if a != b}
+                self.loose[place[0], template(one.bits)] |= varying
 
-    def difference(self, run: Recording) -> Difference | None:
-        return self.line_difference(transcript(run.entries)) or self.file_difference(run)
+    def without_varying(self, name: str, line: str) -> str:
+        return masked(line, self.loose.get((name, template(line)), ()))
 
-    def line_difference(
-        self, theirs: Mapping[Place, Entry], since: Place = (0, 0), until: float = math.inf
-    ) -> Difference | None:
-        """The first line that is another, from a place on; a slot that was not left is open."""
-        theirs = self.settled(theirs)
-        for place in sorted(self.lines.keys() | theirs.keys()):
+    def same(self, name: str, one: Entry | None, other: Entry | None) -> bool:
+        if one is None or other is None or one.bits == other.bits:
+            return one is not None and other is not None
+        return self.without_varying(name, one.bits) == self.without_varying(name, other.bits)
+
+    def differences(
+        self,
+        entries: Sequence[Entry],
+        kinds: Collection[str] = SAID,
+        since: tuple[int, int] = (0, 0),
+        through: float = math.inf,
+    ) -> Iterator[Difference]:
+        """The lines that are others, the printed ones first; a slot that was not left is open."""
+        theirs = transcript(entries, since, self.wandering)
+        # How many of the lines before were such as come by the clock is not known.
+        begin = (since[0] + 1, 0) if since[1] and self.wandering else since
+        places = (self.lines.keys() | theirs.keys()) - self.free
+        for place in sorted(places, key=lambda place: (place[0] != PRINTED, place)):
+            name, *at = place
             one, other = self.lines.get(place), theirs.get(place)
-            free = place in self.free or place[0] in self.loose_slots
-            if free or place < since or place[0] >= until:
-                continue
-            if not (one and other and self.equal(one.bits, other.bits)):
-                return _difference(one, other)
-        return None
+            beyond = name == PRINTED and not begin <= tuple(at) < (through, 0)
+            new = one is None and (self.names_vary and name.startswith("file "))
+            is_meant = name.partition(" ")[0] in kinds and not beyond and not new
+            if is_meant and not self.same(name, one, other):
+                yield difference(one, other)
 
-    def equal(self, ours: str, theirs: str) -> bool:
-        kind = template(ours)
-        if ours == theirs or kind != template(theirs):
-            return ours == theirs
-        loose, pairs = self.loose.get(kind, ()), zip(numbers(ours), numbers(theirs), strict=True)
-        return all(one == other or i in loose for i, (one, other) in enumerate(pairs))
+    def counts(self) -> dict[str, int]:
+        files, lines = names(self.lines), [place for place in self.lines if place[0] == PRINTED]
+        return {"line": len(lines), "file": len(files - self.unlike)}
 
-    def file_difference(self, run: Recording, but: Sequence[str] = ()) -> Difference | None:
-        for name in sorted(self.files.keys() - set(but)):
-            ours, theirs = self.files[name], run.files.get(name, "missing")
-            if ours != theirs:
-                return {"kind": "file", "place": name, "original": ours, "patched": theirs}
-        return None
+    def not_compared(self) -> dict[str, Any]:
+        kinds = len(self.loose) + len(self.free) + len(self.wandering)
+        files = [name.removeprefix("file ") for name in self.unlike if name.startswith("file ")]
+        left = {"kinds of line, in part": kinds, "files": ", ".join(sorted(files))}
+        return {name: what for name, what in left.items() if what}
 
-    def report(self) -> dict[str, Any]:
-        masked = sum(map(bool, self.loose.values())) + len(self.free) + len(self.wandering)
-        left = {"kinds of line, in part": masked, "files": ", ".join(self.unlike)}
-        return {
-            "own_line": self.varies,
-            "not_compared": {name: what for name, what in left.items() if what},
-        }
+
+def names(lines: Mapping[Place, Entry]) -> set[str]:
+    return {name for name, *_ in lines if name.startswith("file ")}
+
+
+def wandering(ours: Mapping[Place, Entry], theirs: Mapping[Place, Entry]) -> set[tuple[str, str]]:
+    """Kinds of line that come by the clock: of which one run has more in a slot than another."""
+    sizes = [Counter(place[:2] for place in lines) for lines in (ours, theirs)]
+    uneven = {slot for slot in sizes[0] | sizes[1] if sizes[0][slot] != sizes[1][slot]}
+    one, other = (
+        Counter((p[:2], template(entry.bits)) for p, entry in lines.items() if p[:2] in uneven)
+        for lines in (ours, theirs)
+    )
+    return {(slot[0], kind) for slot, kind in (one - other) + (other - one)}
+
+
+def numbers(text: str) -> list[str]:
+    return NUMBER.findall(CLOCK.sub("<time>", text))
 
 
 # --- Kills ----------------------------------------------------------------------------------------
 
 
-class Kills:
+@dataclass(frozen=True)
+class Killed:
     """The patched script killed again and again, beside an uninterrupted run that saves as it."""
 
-    def __init__(self, bench: Bench, original: Recording) -> None:
-        self.bench, self.original = bench, original
-        self.draw = random.Random(bench.options.seed)
-        self.every = self.draw.choice((1, 2, 3))
-        self.whole: Recording | None = None
-        self.parts: list[Recording] = []
-        self.places: list[Place] = []  # from which on a part's lines are to be the original's
-        self.runs: list[dict[str, Any]] = []
-        self.found: Difference | None = None
-        rows = split_lines(bench.patched)
-        added = b"".join(rows[number - 1] for number in marked_numbers(bench.patched))
-        can = b".resume(" in added or b".skip_epoch(" in added
-        self.obstacle = "" if can else "the patch never calls resume() or skip_epoch()"
+    save_interval: int
+    whole: Recording
+    parts: list[Recording] = field(default_factory=list)
+    where: list[str] = field(default_factory=list)  # what each part was killed in
 
-    def run(self, bench: Bench) -> None:
-        """All processes, to the first that computes something else."""
-        env = {"OBS_RESUME": "auto", "SAVE_INTERVAL": str(self.every)}
-        self.whole = bench.run("saving", bench.patched, marks=True, settled=True, env=env)
-        self.found = numbers_differ(self.original, self.whole)
-        if self.whole.code or self.found:
-            return
-        points = choose(kill_points(self.whole.entries), bench.options.kill, self.draw)
-        for number, (point, where) in enumerate([*points, (None, "")]):
-            part = bench.run(
-                f"kill {number + 1}, {where}" if point else "to the end",
-                bench.patched,
-                share=1.0 / (len(points) + 1),
-                fresh=number == 0,
-                marks=True,
-                env=env,
-                kill_after=point,
-                settled=number % 2 == 0 or where == AFTER_SAVE,
-            )
-            self.parts.append(part)
-            self.found = self.place(part, where)
-            if self.found or part.code not in (0, -signal.SIGKILL):
-                return
+    @property
+    def last(self) -> Recording:
+        return self.parts[-1] if self.parts else self.whole
 
-    def place(self, part: Recording, where: str) -> Difference | None:
-        """Find where in the uninterrupted run a process began, and compare from there on."""
-        assert self.whole is not None
-        whole, mark = self.whole.of(*COMPARED, "at"), part.resumed
-        entries = [each for each in part.afterwards if each.kind in (*COMPARED, "at")]
-        at = int(mark.bits) if mark else 0
-        slot = sum(entry.kind in COMPARED for entry in whole[:at])
-        self.places.append((slot, int(mark.value or 0) if mark else 0))
-        killed = entries[-1].step if part.code == -signal.SIGKILL and entries else None
-        here = {"resumed_at": mark and mark.step, "killed_at": killed}
-        self.runs.append({**here, "where": where} if where else here)
-        return first_difference(
-            whole[at:] if part.code == 0 else whole[at : at + len(entries)], entries
-        )
+    def runs(self) -> Iterator[dict[str, Any]]:
+        for part, where in zip(self.parts, self.where, strict=True):
+            counted = [entry for entry in part.afterwards if entry.kind in COUNTED]
+            killed = counted[-1].step if part.of("killed") and counted else None
+            resumed = part.resumed.step if part.resumed else None
+            here = {"resumed_at": resumed, "killed_at": killed}
+            yield {**here, "where": where} if where else here
 
-    def prove(self, verdict: str, masks: Masks) -> dict[str, Any]:
-        """The verdict about resume, where there is one without a kill."""
-        if self.obstacle or verdict != "identical":
-            why = self.obstacle or f"without a kill the verdict is: {verdict}"
-            return {"verdict": "unanswered", "why": why}
-        if self.whole is None:
-            self.run(self.bench)
-        assert self.whole is not None
-        runs = [self.whole, *self.parts]
-        failed = next((run.failed_save for run in runs if run.failed_save), "")
-        broken = next((run.failure for run in runs if run.code not in (0, -signal.SIGKILL)), "")
-        appended = self.written_in_part(masks)
-        alone = masks.difference(self.whole) if self.parts else self.found
-        found = self.found or alone or self.said_otherwise(masks, appended)
-        if broken or found:
-            verdict, why = "differs", "saving alone changes the run" if alone else ""
-        elif any(run["resumed_at"] is not None for run in self.runs):
-            verdict, why = "identical", ""
-        else:
-            verdict, why = "unanswered", "no kill left a checkpoint to resume from"
-        return {
-            "verdict": verdict,
-            "why": failed or broken or why,
-            "first_difference": found,
-            "runs": self.runs,
-            "save_interval": self.every,
-            "files_not_compared": ", ".join(appended),
-            "said": self.whole.said,
-        }
 
-    def said_otherwise(self, masks: Masks, appended: Sequence[str]) -> Difference | None:
-        for part, since in zip(self.parts, self.places, strict=True):
-            lines = transcript(part.afterwards, since)
-            through = since[0] + sum(entry.kind in COMPARED for entry in part.afterwards)
-            found = masks.line_difference(lines, since, math.inf if part.code == 0 else through)
-            if found:
-                return found
-        ended = self.parts and self.parts[-1].code == 0
-        return masks.file_difference(self.parts[-1], appended) if ended else None
+def can_resume(patched: bytes) -> bool:
+    rows = split_lines(patched)
+    added = b"".join(rows[number - 1] for number in marked_numbers(patched))
+    return b".resume(" in added or b".skip_epoch(" in added
 
-    def written_in_part(self, masks: Masks) -> list[str]:
-        """Files that hold lines twice with good reason, or no more than what came last: those that
-        are appended to, or that a process opened before it resumed and not again."""
-        opened = [entry for part in self.parts for entry in part.of("open")]
-        names = {entry.place for entry in opened if entry.bits == "part"}
-        last = self.parts[-1] if self.parts else None
-        if last is not None and last.resumed is not None:
-            late = {entry.place for entry in last.afterwards if entry.kind == "open"}
-            names |= {entry.place for entry in last.of("open")} - late
-        return sorted(
-            name
-            for name in names & masks.files.keys()
-            if last and last.files.get(name) != masks.files[name]
-        )
+
+def resume(
+    killed: Killed | None, originals: Sequence[Recording], masks: Masks, verdict: str
+) -> dict[str, Any]:
+    """The verdict about resume, where there is one without a kill."""
+    if killed is None or verdict != "identical":
+        never = "the patch never calls resume() or skip_epoch()"
+        why = f"without a kill the verdict is: {verdict}" if killed else never
+        return {"verdict": "unanswered", "why": why}
+    whole, runs = killed.whole, (killed.whole, *killed.parts)
+    alone = numbers_differ(originals[0], whole) or next(masks.differences(whole.entries), None)
+    parts = find(part_differs(whole, part, masks) for part in killed.parts)
+    others, appended = files_differ(killed, masks)
+    found = alone or parts or others or processes_differ(killed, masks)
+    broken, failed = find(run.failure for run in runs), find(run.failed_save for run in runs)
+    why = failed or broken or ("saving alone changes the run" if alone else "")
+    answer = "differs" if broken or found else "identical"
+    if answer == "identical" and not any(part.resumed for part in killed.parts):
+        answer, why = "unanswered", why or "no kill left a checkpoint to resume from"
+    return {
+        "verdict": answer,
+        "why": why or "",
+        "first_difference": found,
+        "runs": [*killed.runs()],
+        "save_interval": killed.save_interval,
+        "files_not_compared": ", ".join(appended),
+        "said": whole.said,
+    }
+
+
+def part_differs(whole: Recording, part: Recording, masks: Masks) -> Difference | None:
+    """Find where in the uninterrupted run a process began, and compare from there on."""
+    ours, mark = whole.of(*COUNTED), part.resumed
+    theirs = [entry for entry in part.afterwards if entry.kind in COUNTED]
+    at = int(mark.bits) if mark else 0
+    slot = sum(entry.kind in COMPARED for entry in ours[:at])
+    through = slot + sum(entry.kind in COMPARED for entry in theirs)
+    ours = ours[at : at + len(theirs)] if part.of("killed") else ours[at:]
+    since = slot, int(mark.value or 0) if mark else 0
+    lines = masks.differences(
+        part.afterwards, ("line",), since, through if part.of("killed") else math.inf
+    )
+    return first_difference(ours, theirs) or next(lines, None)
+
+
+def files_differ(killed: Killed, masks: Masks) -> tuple[Difference | None, list[str]]:
+    """And which files hold lines twice with good reason, or no more than what came last: those that
+    are appended to, or that a process opened before it resumed and not again."""
+    last, opened = killed.last, [entry for part in killed.parts for entry in part.of("open")]
+    names = {entry.place for entry in opened if entry.bits == "part"}
+    if last.resumed:
+        late = {entry.place for entry in last.afterwards if entry.kind == "open"}
+        names |= {entry.place for entry in last.of("open")} - late
+    found = [] if last.of("killed") else [*masks.differences(last.entries, ("file",))]
+    others = (each for each in found if each["place"] not in names)
+    return next(others, None), sorted({each["place"] for each in found} & names)
+
+
+def processes_differ(killed: Killed, masks: Masks) -> Difference | None:
+    """What other processes print has no place: killed runs are to print no other lines, and all."""
+    name = BY_PROCESSES
+    if any(place[0] == name for place in masks.free) or not killed.parts:
+        return None
+    ours = [entry for place, entry in masks.lines.items() if place[0] == name]
+    theirs = [
+        entry
+        for part in killed.parts
+        for entry in part.of("process")
+        if (name, template(entry.bits)) not in masks.wandering
+    ]
+    one, other = (
+        {masks.without_varying(name, entry.bits): entry for entry in entries}
+        for entries in (ours, theirs)
+    )
+    odd = sorted(one.keys() ^ other.keys())
+    return difference(one.get(odd[0]), other.get(odd[0])) if odd else None
 
 
 AFTER_SAVE = "right after a save"
+EVALUATION, LAST_OF_EPOCH = "in an evaluation", "at an epoch's last step"
 
 
 def kill_points(entries: Sequence[Entry]) -> dict[str, list[int]]:
     """Where a kill can tell something: how many entries are through by then, by what it is in."""
-    points: dict[str, list[int]] = {
-        name: []
-        for name in (AFTER_SAVE, "in an evaluation", "at an epoch's last step", "at the last step")
-    }
-    count, trained, at, within = 0, 0, [], []
+    count, trained = 0, 0
+    at: list[tuple[int, str]] = []  # the steps, and the epoch of each
+    within: list[int] = []
+    saves, evaluating = list[int](), list[int]()
     for entry in entries:
         if entry.kind == "save":
-            points[AFTER_SAVE].append(int(entry.bits))
+            saves.append(int(entry.bits))
         elif entry.kind == "eval":
-            points["in an evaluation"] += range(trained + 1, int(entry.bits) + 1)
-        elif entry.kind not in ASIDE:
+            evaluating += range(trained + 1, int(entry.bits) + 1)
+        elif entry.kind in COUNTED:
             count += 1
             trained = trained if entry.kind == "value" else count
             if entry.kind == "at":
                 at.append((count, entry.place))
             else:
                 within.append(count)
-    if not at:
-        return {}
-    points["at an epoch's last step"] += [
-        count for (count, epoch), (_, following) in itertools.pairwise(at) if epoch != following
-    ]
-    points["at the last step"].append(at[-1][0])
-    others = {point for taken in points.values() for point in taken}
+    ends = [count for (count, epoch), (_, later) in itertools.pairwise(at) if epoch != later]
+    points = {AFTER_SAVE: saves, EVALUATION: evaluating, LAST_OF_EPOCH: ends}
+    points["at the last step"] = [count for count, _ in at[-1:]]
+    others = set(itertools.chain(*points.values()))
     points["in an epoch"] = [point for point in within if point not in others]
     # From the first checkpoint to the last step or evaluation: what has completed is not resumed.
-    last = max(at[-1][0], *points["in an evaluation"], 0)
-    span = range(min(points[AFTER_SAVE], default=0), last + 1)
+    span = range(
+        min(saves, default=0), max([*evaluating, *(count for count, _ in at)], default=-1) + 1
+    )
     return {name: [point for point in taken if point in span] for name, taken in points.items()}
 
 
@@ -551,159 +525,79 @@ def choose(
     return sorted(chosen.items())
 
 
-# --- The runs -------------------------------------------------------------------------------------
+# --- A copy of the script's folder ----------------------------------------------------------------
+
+BLOCK = 1 << 20  # bytes of a file that are compared at once
 
 
-class Bench:
-    """A folder in which each run finds a fresh copy of the script, at the same path."""
+class Copy:
+    """A fresh copy of the script's folder, in a folder of its own, and what a run wrote there."""
 
-    def __init__(self, options: Options, work: Path, run: Runner) -> None:
-        self.options, self.work, self._run = options, work, run
-        self.folder = work / "1"
-        self.alone = True
-        self.count = itertools.count(1)
-        self.stopping = threading.Event()
-        self.placed: dict[str, tuple[int, int]] = {}  # what lay in the folder
-        planned = max(2, options.pairs) + options.pairs + (2 if options.kill else 0)
-        self.progress = Progress(planned)
-        self.root = (options.root or options.script.parent).resolve()
-        try:
-            given = options.script.read_bytes()
-            self._script = options.script.resolve().relative_to(self.root)
-            self._start = (options.start or self.root).resolve().relative_to(self.root)
-            self.original = reverse(given, options.script.name)
-            self.patched = options.patched.read_bytes() if options.patched else given
-        except (OSError, ValueError, PatchError) as error:
-            raise Unanswered(f"cannot read the script: {error}") from error
-        if self.patched == self.original:
-            self.patched = self._patch()
-
-    @property
-    def script(self) -> Path:
-        return self.folder / self._script
-
-    def has_room_for_two(self, original: Recording) -> bool:
-        """Of processors; and a GPU's memory is all a script's."""
-        gpu = any(entry.place.startswith("random cuda") for entry in original.of("end"))
-        return (os.cpu_count() or 1) > 1 and self.options.nproc == 1 and not gpu
-
-    def side_by_side(self, one: Callable[[Bench], None], other: Callable[[Bench], None]) -> None:
-        """Each in a folder of its own."""
-        self.alone = False
-        beside = copy.copy(self)
-        beside.folder = self.work / "2"
-        with ThreadPoolExecutor(1) as pool:
-            try:
-                ended = pool.submit(other, beside)
-                one(self)
-                ended.result()
-            except BaseException:  # a run that has no answer, or Ctrl-C: the other is to end, too
-                self.stopping.set()
-                raise
-            finally:
-                self.alone = True
-
-    def _patch(self) -> bytes:
-        self._place(self.original)
-        done = subprocess.run(
-            [sys.executable, HERE / "autopatch.py", "--write", self.script],
-            capture_output=True,
-            text=True,
-        )
-        result = self.script.read_bytes()
-        if done.returncode or result == self.original:
-            said = (done.stderr or done.stdout).replace(f"{self.script.parent}{os.sep}", "")
-            raise Unanswered(f"autopatch.py cannot patch it: {said.strip()}")
-        return result
-
-    def _place(self, source: bytes) -> None:
-        links = [path.resolve() for path in self.options.link]
+    def __init__(self, options: Options, project: Project, home: Path, source: bytes) -> None:
+        self.home, self.source = home, source
+        self.folder = home / project.root.name
+        self.script, self.start = self.folder / project.script, self.folder / project.start
+        self.is_patched = source != project.original
+        links = {(project.root / link): self.folder / link for link in project.links}
 
         def left_out(folder: str, names: Sequence[str]) -> set[str]:
             return {name for name in names if name in NOT_COPIED or Path(folder, name) in links}
 
-        shutil.rmtree(self.folder, ignore_errors=True)
-        shutil.copytree(self.root, self.folder, symlinks=True, ignore=left_out)
-        for link in links:
-            (self.folder / link.relative_to(self.root)).symlink_to(link)
+        shutil.copytree(project.root, self.folder, symlinks=True, ignore=left_out)
+        for there, here in links.items():
+            here.symlink_to(there)
         self.script.write_bytes(source)
-        if source != self.original:
-            own = (self.options.patched or self.options.script).with_name("observability.py")
+        if self.is_patched:
+            own = (options.patched or options.script).with_name("observability.py")
             shutil.copyfile(own if own.exists() else DROP_IN, self.script.with_name(own.name))
-        self.placed = {name: stamp(path) for name, path in self._files()}
+        self.placed = {path: stamp(path) for path in self._files()}
 
-    def _files(self) -> Iterator[tuple[str, Path]]:
-        for folder, _, names in os.walk(self.folder):
+    def _files(self) -> Iterator[Path]:
+        for folder, _, names in os.walk(self.home):
             for path in (Path(folder, name) for name in names if not name.endswith(".pyc")):
                 if path.is_file() and not path.is_symlink():
-                    yield str(path.relative_to(self.folder)), path
+                    yield path
 
-    def run(
-        self, name: str, source: bytes, *, fresh: bool = True, share: float = 1.0, **more: Any
-    ) -> Recording:
-        if fresh:
-            self._place(source)
-        number = next(self.count)
-        self.progress.begin(number, name)
-        result = self.work / f"{number}.jsonl"
-        job = Job(
-            str(self.script),
-            str(self.folder / self._start),
-            list(self.options.args),
-            str(result),
-            str(result.with_suffix(".log")),
-            self.options.seed,
-            self.options.steps,
-            nproc=self.options.nproc,
-            **more,
-        )
+    def written(self, opened: Collection[str]) -> Iterator[Entry]:
+        """The lines of the files that are new, were written to or deleted since the copy was made,
+        and of those outside the folder that were opened to be written."""
+        now = {path: stamp(path) for path in self._files()}
+        changed = {path for path, found in now.items() if self.placed.get(path) != found}
+        elsewhere = {Path(name) for name in opened if name.startswith(os.sep)}
+        changed |= {path for path in elsewhere if path.is_file()}
+        for path in sorted(changed - {self.script}):
+            if not (self.is_patched and is_the_drop_ins(path)):
+                yield from self._lines(path)
+        for path in sorted(self.placed.keys() - now.keys()):
+            yield Entry("file", 0, "deleted", None, self.name(path))
 
-        def tick() -> None:
-            if self.stopping.is_set():
-                raise Unanswered("it was interrupted")
-            self.progress.show(number, result, share)
+    def _lines(self, path: Path) -> Iterator[Entry]:
+        with path.open("rb") as file:
+            blocks = iter(lambda: file.read(BLOCK), b"")
+            for line in itertools.chain.from_iterable(
+                map(self._text, itertools.chain([b""], blocks))
+            ):
+                yield Entry("file", 0, line, None, self.name(path))
 
-        code = self._run(job, tick)
-        self.progress.end(number, result, share)
-        output = self._tidy(Path(job.log).read_text("utf-8", "replace"))
-        entries = list(self._entries(result)) if result.exists() else []
-        if entries and entries[-1].kind == "killed":  # torchrun itself ends with 1
-            code = -signal.SIGKILL
-        for path in sorted(self.work.glob(f"{result.name}.*")):  # where the other ranks end
-            rank = path.suffix.removeprefix(".")
-            ends = (entry for entry in self._entries(path) if entry.kind == "end")
-            entries += [entry._replace(place=f"rank {rank} {entry.place}") for entry in ends]
-        if code < 0:  # a kill may leave a journal whose last line is torn
-            return Recording(code, output, entries, {}, alone=self.alone)
-        return Recording(code, output, entries, self._observed(), self._written(source), self.alone)
+    def _text(self, block: bytes) -> Sequence[str]:
+        """Its lines; of what is no text a digest, and an empty one shows that the file is there."""
+        if block == self.source:
+            return ["the script"]  # which the patch has changed
+        if b"\0" not in block:
+            with contextlib.suppress(UnicodeDecodeError):
+                return self.tidy(block.decode()).split("\n")
+        return [f"bits {hashlib.sha256(block.replace(bytes(self.folder), b'')).hexdigest()[:32]}"]
 
-    def _tidy(self, text: str) -> str:
+    def name(self, path: Path | str) -> str:
+        """From the script's folder; of what is elsewhere the whole path."""
+        inside = Path(path).is_relative_to(self.home)
+        return os.path.relpath(path, self.folder) if inside else str(path)
+
+    def tidy(self, text: str) -> str:
         """Without the folder's own place and the script's lines, which the patch has moved."""
         name = re.escape(self.script.name)
         text = re.sub(rf"({name}\W{{1,3}}(?:line )?)\d+", r"\1#", text)
         return text.replace(f"{self.folder}{os.sep}", "").replace(str(self.folder), "")
-
-    def _entries(self, path: Path) -> Iterator[Entry]:
-        for entry in (Entry(*fields) for fields in read_lines(path)):
-            if entry.kind == "line":
-                yield entry._replace(bits=self._tidy(entry.bits))
-            elif entry.kind != "open":
-                yield entry
-            elif entry.place.startswith(f"{self.folder}{os.sep}"):
-                yield entry._replace(place=os.path.relpath(entry.place, self.folder))
-
-    def _written(self, source: bytes) -> dict[str, str]:
-        """Digests of the files that are new or were written to since the copy was made."""
-        return {
-            name: digest(path, self.folder, source)
-            for name, path in self._files()
-            if path != self.script and self.placed.get(name) != stamp(path)
-        }
-
-    def _observed(self) -> dict[str, int]:
-        journals = self.folder.rglob("metrics.ndjson")
-        phases = [line["tags"]["phase"] for path in journals for line in read_lines(path)]
-        return {phase: phases.count(phase) for phase in sorted(set(phases))}
 
 
 def stamp(path: Path) -> tuple[int, int]:
@@ -711,17 +605,182 @@ def stamp(path: Path) -> tuple[int, int]:
     return found.st_mtime_ns, found.st_size
 
 
-SMALL = 1 << 24  # bytes that are read at once
+def is_the_drop_ins(path: Path) -> bool:
+    """In one of its runs or checkpoints, or beside these."""
+    manifest = "run_manifest.json"
+    within = any((folder / manifest).exists() for folder in path.parents)
+    beside = path.name.startswith(("latest", ".launch-")) and any(path.parent.glob(f"*/{manifest}"))
+    return within or beside or (path.suffix == ".obs" and "tfevents" in path.name)
 
 
-def digest(path: Path, folder: Path, source: bytes) -> str:
-    whole = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(SMALL):
-            if block == source:
-                return "the script"  # which the patch has changed
-            whole.update(block.replace(bytes(folder), b""))
-    return whole.hexdigest()[:32]
+# --- The runs -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Project:
+    """What is copied, and the script in it as it was and as it is patched."""
+
+    root: Path
+    script: Path  # from there, as are the others
+    start: Path
+    links: Sequence[Path]
+    original: bytes
+    patched: bytes  # the original, where autopatch.py has yet to patch it
+
+
+def read_project(options: Options) -> Project:
+    root = (options.root or options.script.parent).resolve()
+    paths = options.script, options.start or root, *options.link
+    try:
+        script, start, *links = (path.resolve(strict=True).relative_to(root) for path in paths)
+        given = options.script.read_bytes()
+        patched = options.patched.read_bytes() if options.patched else given
+        original = reverse(given, options.script.name)
+    except (OSError, ValueError, PatchError) as error:
+        raise Unanswered(f"cannot read the script: {error}") from error
+    return Project(root, script, start, links, original, patched)
+
+
+class Bench:
+    """Runs the scripts, each in a fresh copy of the folder, and notes what they do."""
+
+    def __init__(self, options: Options, work: Path, run: Runner) -> None:
+        self.options, self.work, self._run = options, work, run
+        self.count = itertools.count(1)
+        self.stopping = threading.Event()
+        self.progress = Progress(5 if options.kill else 3)
+        self.project = read_project(options)
+        self.original, self.patched = self.project.original, self.project.patched
+        if self.patched == self.original:
+            self.patched = self._patch()
+
+    def room_for(self, original: Recording) -> int:
+        """How many runs there is room for at once: a GPU's memory is all a script's, and files
+        outside of the folder are the same for all."""
+        gpu = any(entry.place.startswith("random cuda") for entry in original.of("end"))
+        outside = any(entry.place.startswith(os.sep) for entry in original.of("file"))
+        return 1 if gpu or outside or self.options.nproc > 1 else min(2, os.cpu_count() or 1)
+
+    def _copy(self, source: bytes) -> Copy:
+        return Copy(self.options, self.project, self.work / f"{next(self.count):02}", source)
+
+    def _patch(self) -> bytes:
+        script = self._copy(self.original).script
+        done = subprocess.run(
+            [sys.executable, HERE / "autopatch.py", "--write", script],
+            capture_output=True,
+            text=True,
+        )
+        result = script.read_bytes()
+        if done.returncode or result == self.original:
+            said = (done.stderr or done.stdout).replace(f"{script.parent}{os.sep}", "")
+            raise Unanswered(f"autopatch.py cannot patch it: {said.strip()}")
+        return result
+
+    def run_original(self, name: str = "original") -> Recording:
+        recording = self.run(name, self.original)
+        recording.check(self.options.script)
+        return recording
+
+    def kills(self) -> Killed | None:
+        """An uninterrupted run that saves, and one that is killed where that can tell something."""
+        if not self.options.kill or not can_resume(self.patched):
+            return None
+        draw = random.Random(self.options.seed)
+        every = draw.choice((1, 2, 3))
+        whole = self.run("saving", self.patched, save_interval=every, settled=True)
+        if whole.failure:
+            return Killed(every, whole)
+        points = choose(kill_points(whole.entries), self.options.kill, draw)
+        killed, copy = Killed(every, whole), self._copy(self.patched)
+        for number, (point, where) in enumerate([*points, (None, "")]):
+            part = self._run_in(
+                copy,
+                f"kill {number + 1}, {where}" if point else "to the end",
+                share=1.0 / (len(points) + 1),
+                save_interval=every,
+                kill_after=point,
+                settled=number % 2 == 0 or where == AFTER_SAVE,
+            )
+            killed.parts.append(part)
+            killed.where.append(where)
+            if not part.of("killed"):
+                break
+        return killed
+
+    def run(self, name: str, source: bytes, **more: Any) -> Recording:
+        copy = self._copy(source)
+        try:
+            return self._run_in(copy, name, **more)
+        finally:
+            shutil.rmtree(copy.home, ignore_errors=True)
+
+    def _run_in(self, copy: Copy, name: str, share: float = 1.0, **more: Any) -> Recording:
+        number = next(self.count)
+        record = self.work / f"{number}.jsonl"
+        job = Job(
+            str(copy.script),
+            str(copy.start),
+            list(self.options.args),
+            str(record),
+            self.options.seed,
+            self.options.steps,
+            self.options.nproc,
+            **more,
+        )
+
+        def tick() -> None:
+            if self.stopping.is_set():
+                raise Unanswered("it was interrupted")
+            self.progress.show(number, record, share)
+
+        self.progress.begin(number, name)
+        code = self._run(job, tick)
+        self.progress.end(number, record, share)
+        return recorded(copy, job, code)
+
+
+def recorded(copy: Copy, job: Job, code: int) -> Recording:
+    files = [Path(f"{job.record}.{name}") for name in ("out", "err")]
+    # As bytes: a text file would begin a line at each \r.
+    logs = [copy.tidy(file.read_bytes().decode("utf-8", "replace")) for file in files]
+    output = "".join(logs)
+    if os.strerror(errno.ENOSPC) in output:
+        raise Unanswered(f"a disk is full; copies are made in {tempfile.gettempdir()}, or TMPDIR")
+    entries = read_entries(copy, Path(job.record))
+    entries += by_processes(logs, entries) if job.nproc == 1 else ()
+    for rank in range(1, job.nproc):
+        for entry in read_entries(copy, Path(f"{job.record}.{rank}")):
+            if entry.kind == "end":
+                entries.append(entry._replace(place=f"rank {rank} {entry.place}"))
+    if any(entry.kind == "killed" for entry in entries):  # a journal's last line may be torn
+        return Recording(code, output, entries, {})
+    opened = {entry.place for entry in entries if entry.kind == "open"}
+    journals = copy.home.rglob("metrics.ndjson")
+    phases = Counter(line["tags"]["phase"] for path in journals for line in read_lines(path))
+    return Recording(code, output, [*entries, *copy.written(opened)], dict(sorted(phases.items())))
+
+
+def read_entries(copy: Copy, path: Path) -> list[Entry]:
+    entries = [Entry(*fields) for fields in read_lines(path)] if path.exists() else []
+    for number, entry in enumerate(entries):
+        if entry.kind == "open":
+            entries[number] = entry._replace(place=copy.name(entry.place))
+        elif entry.kind in ("line", "aside"):
+            entries[number] = entry._replace(bits=copy.tidy(entry.bits))
+    return entries
+
+
+def by_processes(logs: Sequence[str], entries: Sequence[Entry]) -> Iterator[Entry]:
+    """The lines that were printed and not heard: by other processes, or past Python's streams."""
+    heard = Counter(entry.bits for entry in entries if entry.kind in ("line", "aside"))
+    lines = itertools.chain.from_iterable(log.split("\n")[:-1] for log in logs)
+    others = Counter(filter(None, map(seen, lines))) - heard
+    # What a resumed process prints at first may end a line that another began.
+    ended = tuple(heard) if any(entry.kind == "resume" for entry in entries) else ()
+    for line in sorted(others.elements()):
+        if not any(whole.endswith(line) for whole in ended):
+            yield Entry("process", 0, line)
 
 
 class Progress:
@@ -736,7 +795,7 @@ class Progress:
     def begin(self, number: int, name: str) -> None:
         self.under_way[number] = name, 0.0
         if not sys.stderr.isatty():
-            tell(f"run {number}: {name}")
+            tell(f"run {name}")
 
     def show(self, number: int, record: Path, share: float) -> None:
         if sys.stderr.isatty():
@@ -752,31 +811,28 @@ class Progress:
         self.done += share
 
     def line(self, now: float) -> str:
-        runs = dict(self.under_way)
-        through = min(0.99, (self.done + sum(part for _, part in runs.values())) / self.planned)
+        runs = [*self.under_way.values()]
+        through = min(0.99, (self.done + sum(part for _, part in runs)) / self.planned)
         spent = now - self.began
         left = f"{spent / through - spent:.0f} s left" if self.size else "the first run"
-        names = " and ".join(f"run {number}: {name}" for number, (name, _) in runs.items())
-        return f"[{'#' * round(20 * through):20}] {left}, {names}"
+        names = " and ".join(name for name, _ in runs)
+        return f"[{'#' * round(20 * through):20}] {left}, run {names}"
 
 
 def fresh_process(job: Job, tick: Callable[[], None]) -> int:
     """A Python of its own, in the user's environment; what it starts ends with it."""
     asked = Path(job.record).with_suffix(".job")
     asked.write_text(json.dumps(asdict(job)))
-    # A drop-in that is turned off proves nothing; sets of strings differ in order by the hash seed.
-    given = {k: v for k, v in os.environ.items() if k not in ("OBS_DISABLE", "OBS_RESUME")}
-    env = {"PYTHONHASHSEED": str(job.seed % 2**32), "OBS_PLOT_INTERVAL": "0", **given, **job.env}
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.nproc}"]
     launcher = torchrun if job.nproc > 1 else []
-    with open(job.log, "wb") as log:
+    with open(f"{job.record}.out", "wb") as out, open(f"{job.record}.err", "wb") as err:
         process = subprocess.Popen(
             [sys.executable, *launcher, HERE / "recorder.py", asked],
-            cwd=job.root,
-            env=env,
+            cwd=job.folder,
+            env=environment(job),
             stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
+            stdout=out,
+            stderr=err,
             start_new_session=True,
         )
     try:
@@ -791,12 +847,20 @@ def fresh_process(job: Job, tick: Callable[[], None]) -> int:
         process.wait()
 
 
+def environment(job: Job) -> dict[str, str]:
+    # A drop-in that is turned off proves nothing; sets of strings differ in order by the hash seed.
+    given = {k: v for k, v in os.environ.items() if k not in ("OBS_DISABLE", "OBS_RESUME")}
+    ours = {"PYTHONHASHSEED": str(job.seed % 2**32), "OBS_PLOT_INTERVAL": "0", **given}
+    saves = {"OBS_RESUME": "auto", "SAVE_INTERVAL": str(job.save_interval)}
+    return ours | (saves if job.save_interval else {})
+
+
 def read_lines(path: Path) -> Iterator[Any]:
     return map(json.loads, path.read_text(encoding="utf-8").splitlines())
 
 
 def tell(text: str, end: str = "\n") -> None:
-    print(f"prove: {text}", end=end, file=sys.stderr, flush=True)
+    print(f"prove: {text}{end}", end="", file=sys.stderr, flush=True)  # whole, of two threads
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -809,14 +873,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = asked.pop("json")
     try:
         report = prove(Options(**asked, args=given[cut + 1 :]))
-    except Unanswered as error:
+    except (Unanswered, OSError) as error:  # a disk that is full, a folder that cannot be copied
         report = {"verdict": "unanswered", "why": str(error)}
+    except KeyboardInterrupt:
+        report = {"verdict": "unanswered", "why": "it was interrupted"}
     if sys.stderr.isatty():  # the bar stays
         print(file=sys.stderr)
-    report = finite({"script": str(asked["script"]), **report})
+    report = {"script": str(asked["script"]), **report}
     print(json.dumps(report, indent=2) if as_json else "\n".join(sentences(report)))
-    verdicts = {report["verdict"], report.get("resume", report)["verdict"]}
-    return 1 if "differs" in verdicts else 2 if "unanswered" in verdicts else 0
+    found = verdicts(report)
+    return 1 if "differs" in found else 2 if "unanswered" in found else 0
+
+
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -826,34 +898,18 @@ def _parser() -> argparse.ArgumentParser:
         epilog="exit status: 0 identical, 1 it differs, 2 no answer",
     )
     add = parser.add_argument
+    path: dict[str, Any] = {"type": Path, "metavar": "PATH"}
+    number: dict[str, Any] = {"type": at_least_one, "metavar": "N"}
     add("script", type=Path, metavar="TRAIN.PY", help="the training script; its ARGS follow --")
-    add("--patched", type=Path, metavar="FILE", help="the patched script, in place of autopatch's")
-    add("--root", type=Path, help="folder to copy and to start in; by default the script's")
-    add("--start", type=Path, metavar="DIR", help="folder within it to start in instead")
-    add(
-        "--link",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="large data in it: only read, and so linked and not copied",
-    )
+    add("--patched", **path, help="the patched script, in place of autopatch's")
+    add("--root", **path, help="folder to copy and to start in; by default the script's")
+    add("--start", **path, help="folder within it to start in instead")
+    add("--link", **path, action="append", default=[], help="large data in it: linked, not copied")
     add("--seed", type=int, default=0, help="of python, numpy and torch, before the script's own")
-    add("--steps", type=int, metavar="N", help="end each run after N optimizer steps")
-    add("--kill", type=int, default=0, metavar="N", help="prove resume too, with N kills")
+    add("--steps", **number, help="end each run after N optimizer steps")
+    add("--kill", **number, default=0, help="prove resume too, with N kills")
     add(
-        "--pairs",
-        type=int,
-        default=2,
-        metavar="N",
-        help="runs of either script (2); the original runs twice at least, to see what varies",
-    )
-    add(
-        "--nproc",
-        type=int,
-        default=1,
-        metavar="N",
-        help="processes under torchrun; rank 0 is compared, and the end of the others",
+        "--nproc", **number, default=1, help="under torchrun; rank 0 is compared, of others the end"
     )
     add("--json", action="store_true", help="print the report as JSON")
     return parser
@@ -862,38 +918,24 @@ def _parser() -> argparse.ArgumentParser:
 def sentences(report: Mapping[str, Any]) -> Iterator[str]:
     """A line for each fact, those within another indented."""
     yield f"{report['script']}: {report['verdict']}"
-    for name, fact in report.items():
-        if fact and name not in ("script", "verdict"):
-            yield from _sentence(name.replace("_", " "), fact)
+    yield from _facts({name: report[name] for name in report if name not in ("script", "verdict")})
 
 
-def _sentence(name: str, fact: Any, indent: str = "  ") -> Iterator[str]:
-    if isinstance(fact, dict) and any(isinstance(item, dict | list) for item in fact.values()):
-        verdict = filter(None, (fact.get("verdict"), fact.get("why")))
-        yield f"{indent}{name}: {': '.join(verdict)}".rstrip(": ")
-        for key, item in fact.items():
-            if item and key not in ("verdict", "why"):
-                yield from _sentence(key.replace("_", " "), item, f"{indent}  ")
-    elif isinstance(fact, dict):
-        yield f"{indent}{name}: {', '.join(f'{key} {shown(item)}' for key, item in fact.items())}"
-    elif isinstance(fact, list):
-        for item in fact:
-            yield from _sentence(name, item, indent)
-    else:
-        yield f"{indent}{name}: {shown(fact)}"
+def _facts(facts: Mapping[str, Any], indent: str = "  ") -> Iterator[str]:
+    for key, fact in facts.items():
+        name = f"{indent}{key.replace('_', ' ')}"
+        for item in fact if isinstance(fact, list) else [fact] if fact else []:
+            if not isinstance(item, dict):
+                yield f"{name}: {shown(item)}"
+            elif "verdict" in item:
+                yield ": ".join(filter(None, (name, item["verdict"], item["why"])))
+                yield from _facts({k: item[k] for k in item if k not in ("verdict", "why")}, "    ")
+            else:
+                yield f"{name}: {', '.join(f'{key} {shown(each)}' for key, each in item.items())}"
 
 
 def shown(fact: Any) -> str:
     return f"{fact:.4g}" if isinstance(fact, float) else str(fact)
-
-
-def finite(tree: Any) -> Any:
-    """Strict JSON: NaN and infinities as strings."""
-    if isinstance(tree, dict):
-        return {name: finite(item) for name, item in tree.items()}
-    if isinstance(tree, list):
-        return [finite(item) for item in tree]
-    return str(tree) if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 if __name__ == "__main__":

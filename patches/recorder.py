@@ -17,30 +17,26 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import sys
 import threading
-import time
 import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lines import marked_in
 
-__all__ = ["COMPARED", "Entry", "Job", "record"]
+__all__ = ["COMPARED", "COUNTED", "Entry", "Job", "record", "seen"]
 
 COMPARED = ("loss", "value", "step", "end")  # in their order; a line stands between two of them
-ASIDE = (
-    "begin",
-    "line",
-    "open",
-    "save",
-    "eval",
-    "killed",
-)  # entries that do not count: clocks may decide how many
+COUNTED = (
+    *COMPARED,
+    "at",
+)  # by which a kill finds its moment: of others clocks may decide how many
 
 
 @dataclass(frozen=True)
@@ -48,16 +44,13 @@ class Job:
     """One run to record."""
 
     script: str
-    root: str
+    folder: str  # to start in
     args: Sequence[str]
-    record: str  # the file that is written, an entry a line
-    log: str  # what the script prints
+    record: str  # the file that is written, an entry a line; beside it what the script prints
     seed: int
     steps: int | None = None
     nproc: int = 1
-    env: Mapping[str, str] = field(default_factory=dict)
-    marks: bool = False  # note the drop-in's steps too, by which a resumed run finds its place,
-    # its saves and evaluations, and which files are opened to be written
+    save_interval: int = 0  # the drop-in's; with one its steps, saves and evaluations are noted
     kill_after: int | None = None  # entries, with those before the checkpoint that is resumed
     settled: bool = False  # a checkpoint is waited for before the next step, and before the kill
 
@@ -65,21 +58,23 @@ class Job:
 class Entry(NamedTuple):
     """Something that a run did."""
 
-    kind: str  # loss, value, step, end; line, open; done; of the drop-in at, save, eval, resume
+    kind: str  # loss, value, step, end; line, aside, open; begin, done; at, save, eval, resume
     step: int  # optimizer steps so far, of a loss with the one under way
     bits: str
     value: float | None = None
     place: str = ""
-    times: Sequence[float] = ()  # seconds since the script's start: wall time and CPU
 
     @property
-    def key(self) -> tuple[object, ...]:
-        return (*self[:3], self.place if self.kind == "end" else "")
+    def where(self) -> str:
+        """What is compared of its place: a value's has moved with the added lines."""
+        return "" if self.kind == "value" else self.place
+
+    def same(self, other: Entry) -> bool:
+        return self[:3] == other[:3] and self.where == other.where
 
     def __str__(self) -> str:
-        place = self.place if self.kind == "end" else ""
         value = "" if self.value is None else str(self.value)
-        return " ".join(filter(None, (self.kind, place, value, self.bits)))
+        return " ".join(filter(None, (self.kind, self.where, value, self.bits)))
 
 
 class Enough(BaseException):
@@ -91,11 +86,11 @@ def record(job: Job) -> int:
     recorder = Recorder(job)
     sys.argv, sys.path[0] = [job.script, *job.args], os.path.dirname(job.script)
     sys.modules.pop("lines", None)  # the script may have a module of this name
-    recorder.watch()
+    watch(recorder)
     main = types.ModuleType("__main__")
     main.__dict__.update(__file__=job.script, __builtins__=__builtins__)
     recorder.main, sys.modules["__main__"] = sys.modules["__main__"], main
-    atexit.register(recorder.note, "done")  # registered first, it is called last
+    atexit.register(recorder.done)  # registered first, it is called last
     try:
         exec(compile(Path(job.script).read_bytes(), job.script, "exec"), main.__dict__)
     except Enough:
@@ -120,7 +115,6 @@ class Recorder:
 
         self.job, self.pid, self.torch = job, os.getpid(), torch
         self.file = os.open(job.record, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        self.library = os.path.dirname(torch.__file__) + os.sep
         self.steps = self.noted = self.lines = 0  # lines since the last entry that is compared
         self.streams = [Stream(self, sys.stdout), Stream(self, sys.stderr)]
         self.marks: Marks | None = None  # of the drop-in's run, once it is open
@@ -134,116 +128,43 @@ class Recorder:
             import numpy
 
             numpy.random.seed(job.seed % 2**32)
-        self.began = time.perf_counter(), time.process_time()
-        self.write("begin", str(self.pid), None, "", 0)
+        self.write(Entry("begin", 0, str(self.pid)))
 
-    def note(
-        self,
-        kind: str,
-        bits: str = "",
-        value: float | None = None,
-        place: str = "",
-        *,
-        step: int | None = None,
-    ) -> None:
-        if os.getpid() != self.pid:  # a forked worker
+    @property
+    def is_passing(self) -> bool:
+        """On the way back to a checkpoint: what is done there was done before."""
+        return self.marks is not None and self.marks.run.is_passing()
+
+    def note(self, kind: str, bits: str = "", value: float | None = None, place: str = "") -> None:
+        self.add(Entry(kind, self.steps + (kind == "loss"), bits, value, place))
+
+    def add(self, entry: Entry) -> None:
+        if os.getpid() != self.pid or self.is_passing:  # a forked worker
             return
         if self.marks is not None:
-            if self.marks.run.is_passing():  # what is read on the way back was read before
-                return
             self.marks.flush()
-        self.write(kind, bits, value, place, self.steps if step is None else step)
-        if kind in ASIDE:
-            self.lines += kind == "line"
-            return
-        self.noted += 1
-        self.lines = 0 if kind in COMPARED else self.lines
-        if self.noted == self.job.kill_after:
-            if self.job.settled and self.marks is not None:
-                self.marks.run.settle()
+        self.write(entry)
+        self.lines = 0 if entry.kind in COMPARED else self.lines + (entry.kind == "line")
+        self.noted += entry.kind in COUNTED
+        if entry.kind in COUNTED and self.noted == self.job.kill_after:
             self.kill()
+
+    def write(self, entry: Entry) -> None:
+        if os.getpid() == self.pid:
+            os.write(self.file, (json.dumps(entry) + "\n").encode())
 
     def kill(self) -> None:
         """With the other ranks, which would be stopped gently."""
-        self.write("killed", "", None, "", self.steps)
+        if self.job.settled and self.marks is not None:
+            self.marks.run.settle()
+        self.write(Entry("killed", self.steps, ""))
         for other in range(1, self.job.nproc):
             first = Path(f"{self.job.record}.{other}").read_text().splitlines()[0]
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(Entry(*json.loads(first)).bits), signal.SIGKILL)
         os.kill(self.pid, signal.SIGKILL)
 
-    def write(self, kind: str, bits: str, value: float | None, place: str, step: int) -> None:
-        now = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
-        entry = Entry(kind, step, bits, value, place, now)
-        os.write(self.file, (json.dumps(entry) + "\n").encode())
-
-    def watch(self) -> None:
-        from torch.nn.modules import module
-        from torch.optim import optimizer
-
-        autograd: Any = self.torch.autograd
-        tensor: Any = self.torch.Tensor
-        base: Any = optimizer.Optimizer
-        autograd.backward = self.propagating(autograd.backward)
-        autograd.grad = self.propagating(autograd.grad)
-        tensor.item, tensor.__float__ = self.reading(tensor.item), self.reading(tensor.__float__)
-        base.__init__ = self.and_then(base.__init__, lambda made: self.optimizers.append(made))
-        optimizer.register_optimizer_step_post_hook(self.after_step)
-        module.register_module_parameter_registration_hook(self.keep_module)
-        module.register_module_buffer_registration_hook(self.keep_module)
-        if self.job.marks:
-            import observability
-
-            run: Any = observability.Run
-            run.__init__ = self.and_then(run.__init__, self.mark)
-            sys.addaudithook(self.opening)
-
-    def and_then(self, call: Any, after: Callable[[Any], None]) -> Any:
-        @functools.wraps(call)
-        def both(owner: Any, *args: Any, **kwargs: Any) -> Any:
-            result = call(owner, *args, **kwargs)
-            after(owner)
-            return result
-
-        return both
-
-    def propagating(self, call: Any) -> Any:
-        @functools.wraps(call)
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            given: Any = args[0] if args else kwargs.get("tensors", kwargs.get("outputs"))
-            for loss in [given] if hasattr(given, "detach") else given:
-                single = hasattr(loss, "numel") and loss.numel() == 1 and loss.is_floating_point()
-                value = loss.detach().reshape(-1).tolist()[0] if single else None
-                self.note("loss", bits_of(loss), value, step=self.steps + 1)
-            return call(*args, **kwargs)
-
-        return noted
-
-    def reading(self, call: Any) -> Any:
-        @functools.wraps(call)
-        def read(tensor: Any) -> Any:
-            value = call(tensor)
-            if isinstance(value, float):
-                self.note_value(value, sys._getframe(1))
-            return value
-
-        return read
-
-    def note_value(self, value: float, frame: Any) -> None:
-        """Not what torch or the drop-in reads for itself, nor an added line."""
-        while frame.f_code.co_filename == f"{self.library}_tensor.py":  # on behalf of its caller
-            frame = frame.f_back
-        file, line = frame.f_code.co_filename, frame.f_lineno
-        name = os.path.basename(file)
-        if name == "observability.py" or file.startswith(self.library):
-            return
-        if line not in marked_in(file):
-            self.note("value", value.hex(), value, f"{name}:{line}")
-
-    def keep_module(self, module: Any, name: str, tensor: Any) -> None:
-        self.modules[id(module)] = module
-
-    def after_step(self, optimizer: Any, *_: Any) -> None:
+    def after_step(self, *_: Any) -> None:
         if os.getpid() != self.pid:
             return
         self.steps += 1
@@ -251,20 +172,6 @@ class Recorder:
         if self.steps == self.job.steps:
             self.end()
             raise Enough
-
-    def opening(self, event: str, facts: Any) -> None:
-        """Note a file that is to be written: as a whole from here on, or a part of it."""
-        if event != "open" or os.getpid() != self.pid or not isinstance(facts[0], str):
-            return
-        if facts[2] & (os.O_WRONLY | os.O_RDWR):
-            passing = self.marks is not None and self.marks.run.is_passing()
-            whole = facts[2] & (os.O_TRUNC | os.O_EXCL) and not passing
-            path = os.path.abspath(facts[0])
-            self.write("open", "whole" if whole else "part", None, path, self.steps)
-
-    def mark(self, run: Any) -> None:
-        self.marks = Marks(self, run)
-        run.add_listener(self.marks)
 
     def end(self) -> None:
         """All that the run has come to."""
@@ -282,30 +189,144 @@ class Recorder:
         for path, bits in leaves(trees):
             self.note("end", bits, place=path)
 
+    def done(self) -> None:
+        for stream in self.streams:
+            stream.hear("\n")  # a line that was begun is seen, too
+        self.note("done")
+
+
+# --- What is noted --------------------------------------------------------------------------------
+
+
+def watch(recorder: Recorder) -> None:
+    """Have torch, the drop-in and Python tell the recorder what the script does."""
+    import torch
+    from torch.nn.modules import module
+    from torch.optim import optimizer
+
+    def keep_module(owner: Any, *_: Any) -> None:
+        recorder.modules[id(owner)] = owner
+
+    autograd: Any = torch.autograd
+    tensor: Any = torch.Tensor
+    base: Any = optimizer.Optimizer
+    autograd.backward = propagating(recorder, autograd.backward)
+    autograd.grad = propagating(recorder, autograd.grad)
+    tensor.item = reading(recorder, tensor.item)
+    tensor.__float__ = reading(recorder, tensor.__float__)
+    base.__init__ = and_then(base.__init__, recorder.optimizers.append)
+    optimizer.register_optimizer_step_post_hook(recorder.after_step)
+    module.register_module_parameter_registration_hook(keep_module)
+    module.register_module_buffer_registration_hook(keep_module)
+    torch.save = saving(recorder, torch.save)
+    if recorder.job.save_interval:
+        import observability
+
+        run: Any = observability.Run
+        run.__init__ = and_then(run.__init__, functools.partial(Marks, recorder))
+    sys.addaudithook(opening(recorder))
+
+
+def and_then(call: Any, after: Callable[[Any], object]) -> Any:
+    @functools.wraps(call)
+    def both(owner: Any, *args: Any, **kwargs: Any) -> Any:
+        result = call(owner, *args, **kwargs)
+        after(owner)
+        return result
+
+    return both
+
+
+def propagating(recorder: Recorder, call: Any) -> Any:
+    @functools.wraps(call)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        given: Any = args[0] if args else kwargs.get("tensors", kwargs.get("outputs"))
+        for loss in [given] if hasattr(given, "detach") else given:
+            single = hasattr(loss, "numel") and loss.numel() == 1 and loss.is_floating_point()
+            value = loss.detach().reshape(-1).tolist()[0] if single else None
+            recorder.note("loss", bits_of(loss), value)
+        return call(*args, **kwargs)
+
+    return noted
+
+
+def reading(recorder: Recorder, call: Any) -> Any:
+    library = os.path.dirname(str(recorder.torch.__file__)) + os.sep
+
+    @functools.wraps(call)
+    def read(tensor: Any) -> Any:
+        """Not what torch or the drop-in reads for itself, nor an added line."""
+        value, frame = call(tensor), sys._getframe(1)
+        while frame.f_code.co_filename == f"{library}_tensor.py":  # on behalf of its caller
+            frame = frame.f_back or sys._getframe(1)
+        file, line = frame.f_code.co_filename, frame.f_lineno
+        ours = os.path.basename(file) == "observability.py" or file.startswith(library)
+        if isinstance(value, float) and not ours and line not in marked_in(file):
+            recorder.note("value", value.hex(), value, f"{os.path.basename(file)}:{line}")
+        return value
+
+    return read
+
+
+def opening(recorder: Recorder) -> Callable[[str, Any], None]:
+    """Note a file that is to be written: as a whole from here on, or a part of it."""
+
+    def heard(event: str, facts: Any) -> None:
+        if event == "open" and isinstance(facts[0], str) and facts[2] & (os.O_WRONLY | os.O_RDWR):
+            whole = facts[2] & (os.O_TRUNC | os.O_EXCL) and not recorder.is_passing
+            path, how = os.path.abspath(facts[0]), "whole" if whole else "part"
+            recorder.write(Entry("open", recorder.steps, how, None, path))
+
+    return heard
+
+
+def saving(recorder: Recorder, call: Any) -> Any:
+    """torch.save opens its file by itself."""
+
+    @functools.wraps(call)
+    def saved(what: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        call(what, file, *args, **kwargs)
+        if isinstance(file, str | os.PathLike):
+            recorder.write(Entry("open", recorder.steps, "whole", None, os.path.abspath(file)))
+
+    return saved
+
+
+BAR = re.compile(r"%\|.*\||\[\d+:[\d:]+(?:<[\d:?]+)?, |\x1b\[\d*[A-HJK]")  # tqdm's, or moves
+
+
+def seen(line: str) -> str:
+    """What stands there in the end; '' of a progress bar, and of what the drop-in says."""
+    text = line.rstrip("\r").rpartition("\r")[2].partition("observability: ")[0]
+    return "" if not text.strip() or BAR.search(text) else text
+
 
 class Stream:
-    """Notes the lines that the script's main thread prints: others come in no order."""
+    """Notes the lines that the script's main thread prints; others come in no order."""
 
     def __init__(self, recorder: Recorder, stream: Any) -> None:
         self.recorder, self.thread = recorder, threading.get_ident()
-        self.begun = ""  # of a line
+        self.begun = {"line": "", "aside": ""}
+        stream.reconfigure(line_buffering=True)  # whole lines between those of other processes
         self.print, stream.write = stream.write, self.write
 
     def write(self, text: str) -> Any:
-        written = self.print(text)
+        by = str(sys._getframe(1).f_globals.get("__name__"))
         # A process shows a warning once: a resumed one again.
-        by = sys._getframe(1).f_globals.get("__name__")
-        if threading.get_ident() == self.thread and by not in ("warnings", "_py_warnings"):
-            self.hear(text.replace("\r\n", "\n"))
-        return written
+        is_aside = threading.get_ident() != self.thread or by in ("warnings", "_py_warnings")
+        if by.rpartition(".")[2] != "observability":  # whose line may come in the middle of one
+            self.hear(text, "aside" if is_aside else "line")  # first, as the kill may be due
+        return self.print(text)
 
-    def hear(self, text: str) -> None:
-        if "\r" in text or "\x1b[A" in text:  # a line is drawn anew, as a progress bar is
-            self.begun = ""
-            return
-        *lines, self.begun = (self.begun + text).split("\n")
-        for line in lines:
-            if line.strip() and not line.startswith("observability: "):
+    def hear(self, text: str, kind: str = "line") -> None:
+        *lines, begun = f"{self.begun[kind]}{text}".split("\n")
+        # A line is drawn anew; the last sign may yet be the first half of an end of a line.
+        begun = begun[begun.rfind("\r", 0, -1) + 1 :]
+        self.begun[kind] = "" if BAR.search(begun) else begun
+        for line in filter(None, map(seen, lines)):
+            if kind == "aside" or self.recorder.is_passing:
+                self.recorder.write(Entry("aside", self.recorder.steps, line))
+            else:
                 self.recorder.note("line", line)
 
 
@@ -314,21 +335,20 @@ class Marks:
 
     def __init__(self, recorder: Recorder, run: Any) -> None:
         self.recorder, self.run = recorder, run
-        self.made: tuple[int, int, str] | None = (
-            None  # a step to be noted, optimizers' steps, epoch
-        )
+        self.made: list[Entry] = []  # a step that is not over
+        recorder.marks = self
+        run.add_listener(self)
 
     def stepped(self, step: int, metrics: Mapping[str, Any]) -> None:
         """It has yet to be saved: it is noted when its step() is over, before what comes next."""
         self.flush()
-        self.made = step, self.recorder.steps, str(self.run.epoch)
+        self.made.append(Entry("at", step, str(step), None, str(self.run.epoch)))
 
     def flush(self) -> None:
-        made, self.made = self.made, None
-        if made is not None:
+        if self.made:
             if self.recorder.job.settled:
                 self.run.settle()
-            self.recorder.note("at", str(made[0]), step=made[1], place=made[2])
+            self.recorder.add(self.made.pop())
 
     def evaluating(self) -> None:
         self.recorder.note("eval", str(self.recorder.noted))
@@ -338,18 +358,17 @@ class Marks:
 
     def saving(self, step: int) -> list[Any]:
         """Its place: a save may come with a step, or behind all that follows it in its epoch."""
-        noted = self.recorder.noted
-        self.recorder.write("save", str(noted + 1), None, "", self.recorder.steps)
-        begun = [stream.begun for stream in self.recorder.streams]
-        steps, lines = self.recorder.steps, self.recorder.lines
-        return [steps, noted + (self.made is not None), lines, *begun]
+        recorder = self.recorder
+        recorder.write(Entry("save", recorder.steps, str(recorder.noted + 1)))
+        begun = [stream.begun for stream in recorder.streams]
+        return [recorder.steps, recorder.noted + len(self.made), recorder.lines, begun]
 
     def resumed(self, kept: Sequence[Any]) -> None:
-        self.recorder.steps, noted, lines, *begun = kept
-        self.recorder.note("resume", str(noted), lines)
+        self.recorder.steps, noted, lines, begun = kept
+        self.recorder.write(Entry("resume", self.recorder.steps, str(noted), lines))
         self.recorder.noted, self.recorder.lines = noted, lines
-        for stream, text in zip(self.recorder.streams, begun, strict=True):
-            stream.begun = text
+        for stream, each in zip(self.recorder.streams, begun, strict=True):
+            stream.begun = each
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import re
@@ -47,10 +48,10 @@ obs.finish()  # observability
 
 def in_a_fork(job: recorder.Job) -> None:
     """What a fresh Python does with the job, but for the import of torch."""
-    os.chdir(job.root)
-    os.environ.update(job.env)
-    log = os.open(job.log, os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1), os.dup2(log, 2)
+    os.chdir(job.folder)
+    os.environ.update(prove.environment(job))
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{job.record}.{name}", os.O_WRONLY | os.O_CREAT), number)
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     sys.path.insert(0, "")
@@ -144,14 +145,14 @@ def test_a_single_random_number_is_found_with_its_step_and_both_values(script):
     ids=["a weight", "a setting", "moments", "torch's generator", "python's generator"],
 )
 def test_a_change_after_the_last_step_is_found_by_its_name(script, change, said):
-    report = prove_wrong(script, ("obs.finish()  #", f"obs.finish(); {change}  #"), pairs=1)
+    report = prove_wrong(script, ("obs.finish()  #", f"obs.finish(); {change}  #"))
     assert (report["verdict"], report["first_difference"]["kind"]) == ("differs", "end")
     assert report["first_difference"]["place"].startswith(said)
 
 
 def test_what_an_added_line_reads_is_not_the_scripts_doing(script):
     edit(script, ("loss=loss,", "loss=loss.item(),"))
-    report = prove_script(script, pairs=1)
+    report = prove_script(script)
     assert (report["verdict"], report["counts"]["value"]) == ("identical", 0)
 
 
@@ -182,7 +183,7 @@ def test_beyond_its_own_drift_a_script_still_differs(script):
 def test_a_line_that_only_the_patched_script_prints_so_is_found_with_both_texts(script):
     line = "    print('seen', seen)\n"
     say(script, line, "seen = 1\n")
-    report = prove_wrong(script, (line, f"    if step == 4: seen = 7\n{line}"), pairs=1)
+    report = prove_wrong(script, (line, f"    if step == 4: seen = 7\n{line}"))
     found = report["first_difference"]
     assert (report["verdict"], found["kind"], found["step"]) == ("differs", "line", 5)
     assert (found["original"], found["patched"]) == ("line seen 1", "line seen 7")
@@ -213,14 +214,100 @@ CLOCKS = {
     ),
     "a copy of itself": "    shutil.copy(__file__, 'copy.py')\n",
     "dots": "    print('.', end='' if step % 5 else None)\n",
+    "drawn anew": "    print(f'\\rstep {step}', end='')\n",
+    "a stamped log": "    open('t.log', 'a').write(f'{time.ctime()} step {step}\\n')\n",
+    "a stamped pickle": "    pickle.dump((time.time(), step), open('p.pkl', 'wb'))\n",
+    "a name by chance": (
+        "    print('run', uuid.uuid4().hex); open(f'n{time.time_ns()}', 'w').write('x')\n"
+    ),
+    "in another folder": (
+        "    os.makedirs('sub', exist_ok=True); os.chdir('sub')\n"
+        "    open('x.txt', 'w').write(str(step)); os.chdir('..')\n"
+    ),
+    "beside the folder": "    open('../beside.txt', 'w').write(str(step))\n",
+    "by descriptor": "    os.write(1, f'at {step}\\n'.encode())\n",
+    "a heartbeat": "    threading.Timer(0.01, print, ['alive', time.time()]).start()\n",
+    "deaf to signals": "    signal.signal(signal.SIGTERM, lambda *_: None)\n",
+    "what lay there": "    print('old' if os.path.exists('f') else 'new'); open('f', 'w')\n",
 }
+MODULES = (
+    "import logging, pickle, shutil, signal, subprocess, sys, tempfile, threading, time, tqdm\n"
+    "import uuid, warnings\n"
+)
 
 
 @pytest.mark.parametrize("line", CLOCKS.values(), ids=list(CLOCKS))
 def test_what_varies_or_comes_in_no_order_makes_no_difference(script, line):
-    modules = "import logging, shutil, sys, tempfile, threading, time, tqdm, warnings\n"
-    report = prove_script(say(script, line, modules), kill=2, pairs=1)
+    report = prove_script(say(script, line, MODULES), kill=2)
     assert (report["verdict"], report["resume"]["verdict"]) == ("identical", "identical"), report
+
+
+SHOWN = {
+    "by descriptor": "    os.write(1, f'seen {seen}\\n'.encode())\n",
+    "by a process": "    subprocess.run(['echo', f'seen {seen}'])\n",
+    "as bytes": "    sys.stdout.buffer.write(f'seen {seen}\\n'.encode())\n",
+    "drawn anew": "    print(f'\\rseen {seen}', end='' if step < 10 else None)\n",
+    "in a line without an end": "    print('seen', seen, end=' ')\n",
+    "beside what comes by the clock": (
+        "    if os.urandom(1)[0] % 2: print('tick')\n    print('seen', seen)\n"
+    ),
+    "in a stamped log": "    open('t.log', 'a').write(f'{time.time()} seen {seen}\\n')\n",
+    "beside the folder": "    open('../t.log', 'a').write(f'seen {seen}\\n')\n",
+    "elsewhere": "    open(elsewhere, 'w').write(f'seen {seen}\\n')\n",
+    "elsewhere, by torch": "    torch.save(seen, elsewhere)\n",
+    "by what is deleted": "    if seen == 1 and os.path.exists('f.txt'): os.remove('f.txt')\n",
+    "by what is made": "    if seen == 7: open('made.txt', 'w').close()\n",
+}
+
+
+@pytest.mark.parametrize("line", SHOWN.values(), ids=list(SHOWN))
+def test_whatever_the_patch_changes_in_what_is_shown_is_found(script, tmp_path, line):
+    script.with_name("f.txt").touch()
+    say(script, line, f"{MODULES}seen, elsewhere = 1, {str(tmp_path / 'else.pt')!r}\n")
+    report = prove_wrong(script, (line, f"    seen = 7\n{line}"))
+    assert report["verdict"] == "differs", report
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("lr=0.1", "lr=0.1000001"),
+        ("obs.finish()  #", "obs.finish(); print('more')  #"),
+        ("obs.finish()  #", "obs.finish(); os._exit(0)  #"),
+        ("obs.finish()  #", "obs.finish(); raise SystemExit(3)  #"),
+        ("    print('val', step)\n", "    if step != 5: print('val', step)\n"),
+    ],
+    ids=["its learning rate", "a line more", "its end", "its status", "an evaluation"],
+)
+def test_a_patch_that_changes_anything_differs(script, change):
+    report = prove_wrong(say(script, "    print('val', step)\n"), change)
+    assert report["verdict"] == "differs", report
+
+
+def test_a_run_that_a_process_shows_otherwise_after_a_kill_differs(script):
+    say(script, "    seen += 1; os.write(1, f'{seen} seen\\n'.encode())\n", "seen = 0\n")
+    edit(script, ("step < 10", "step < 10 and seen < 12"))
+    report = prove_script(script, kill=2)
+    assert (report["verdict"], report["resume"]["verdict"]) == ("identical", "differs"), report
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("if step == 4: os._exit(0)", "by os._exit"),
+        ("if step == 4: raise SystemExit(3)", "status 3"),
+        ("input()", "EOFError"),
+        ("raise OSError(28, os.strerror(28))", "a disk is full"),
+    ],
+)
+def test_an_original_without_a_proper_end_has_no_verdict(script, line, said):
+    with pytest.raises(prove.Unanswered, match=said):
+        prove_script(say(script, f"    {line}\n"))
+
+
+def test_a_script_that_ends_itself_in_the_middle_is_compared_to_there(script):
+    report = prove_script(say(script, "    if step == 4: raise SystemExit(0)\n"))
+    assert (report["verdict"], report["counts"]["step"]) == ("identical", 5)
 
 
 def test_a_file_that_the_patch_changes_is_found_by_its_name(script):
@@ -228,14 +315,14 @@ def test_a_file_that_the_patch_changes_is_found_by_its_name(script):
     say(script, "", "seen = 1\n")
     with script.open("a") as file:
         file.write(line)
-    report = prove_wrong(script, (line, f"seen = 7\n{line}"), pairs=1)
+    report = prove_wrong(script, (line, f"seen = 7\n{line}"))
     found = report["first_difference"]
     assert (report["verdict"], found["kind"], found["place"]) == ("differs", "file", "seen.bin")
 
 
 def test_a_file_that_differs_from_run_to_run_is_named_as_not_compared(script):
     say(script, "    open('n.bin', 'wb').write(os.urandom(4)); open('m.bin', 'wb').write(b'm')\n")
-    report = prove_script(script, pairs=1)
+    report = prove_script(script)
     assert (report["verdict"], report["counts"]["file"]) == ("identical", 1)
     assert report["not_compared"]["files"] == "n.bin"
 
@@ -243,7 +330,7 @@ def test_a_file_that_differs_from_run_to_run_is_named_as_not_compared(script):
 def test_a_script_that_saves_its_weights_saves_the_same(script):
     with script.open("a") as file:
         file.write("torch.save([model.state_dict(), optimizer.state_dict()], 'end.pt')\n")
-    report = prove_script(script, pairs=1, kill=2)
+    report = prove_script(script, kill=2)
     assert (report["verdict"], report["resume"]["verdict"]) == ("identical", "identical")
     assert report["counts"]["file"] == 1
 
@@ -252,7 +339,7 @@ def test_a_script_that_saves_its_weights_saves_the_same(script):
 
 
 def test_three_kills_lead_to_the_same_end(script):
-    resume = prove_script(script, kill=3, pairs=1)["resume"]
+    resume = prove_script(script, kill=3)["resume"]
     assert (resume["verdict"], resume["first_difference"]) == ("identical", None)
     assert len(resume["runs"]) == 4
     assert any(run["resumed_at"] for run in resume["runs"])
@@ -265,7 +352,7 @@ def test_what_a_loader_reads_on_the_way_back_is_not_compared(script):
         "    if obs.skip_batch(): continue  # observability"
     )
     edit(script, ("while step < 10:", loop), (".pow(2).mean()", ".pow(2).mean() * draw"))
-    report = prove_script(script, kill=2, pairs=1)
+    report = prove_script(script, kill=2)
     assert (report["verdict"], report["resume"]["verdict"]) == ("identical", "identical")
     assert report["counts"]["value"] == 10
 
@@ -280,7 +367,7 @@ def test_a_save_behind_the_end_of_an_epoch_is_known_by_its_place(script):
     skip = "    if obs.skip_epoch(epoch): continue  # observability\n"
     epochs = f"for epoch in range(3):\n{skip}    for batch in range(4):\n{inner}"
     script.write_text(f"{head}{epochs}obs.finish(){end}")
-    report = prove_script(script, kill=6, pairs=1, seed=5)
+    report = prove_script(script, kill=6, seed=5)
     assert (report["verdict"], report["resume"]["verdict"]) == ("identical", "identical")
     assert report["resume"]["save_interval"] == 3
     assert {4, 8} & {run["resumed_at"] for run in report["resume"]["runs"]}
@@ -292,7 +379,7 @@ def test_kills_find_what_is_not_carried(script):
         ("start, step = obs.resume(start=start, ", "step = obs.resume("),
         ('{"start": start, ', "{"),
     )
-    report = prove_script(script, kill=1, pairs=1)
+    report = prove_script(script, kill=1)
     assert report["verdict"] == "identical"
     assert report["resume"]["verdict"] == "differs"
     assert report["resume"]["first_difference"]["kind"] == "loss"
@@ -300,7 +387,7 @@ def test_kills_find_what_is_not_carried(script):
 
 def test_kills_find_a_printed_counter_that_no_checkpoint_holds(script):
     say(script, "    seen += 1\n    print(f'{seen} seen')\n", "seen = 0\n")
-    report = prove_script(script, kill=2, pairs=1)
+    report = prove_script(script, kill=2)
     found = report["resume"]["first_difference"]
     assert (report["verdict"], report["resume"]["verdict"]) == ("identical", "differs")
     assert (found["kind"], found["original"].endswith(" seen")) == ("line", True)
@@ -311,7 +398,7 @@ def test_kills_find_a_file_that_lacks_what_came_before(script):
     say(script, "    seen.append(step)\n", "seen = []\n")
     with script.open("a") as file:
         file.write("open('seen.txt', 'w').write(str(seen))\n")
-    resume = prove_script(script, kill=2, pairs=1)["resume"]
+    resume = prove_script(script, kill=2)["resume"]
     assert (resume["verdict"], resume["first_difference"]["place"]) == ("differs", "seen.txt")
 
 
@@ -319,13 +406,13 @@ def test_kills_find_a_file_that_lacks_what_came_before(script):
 def test_a_log_that_a_killed_run_goes_on_with_is_named_as_not_compared(script, mode):
     line = "    print(step, file=log, flush=True)\n"
     say(script, line, f"log = open('log.txt', '{mode}')\n")
-    resume = prove_script(script, kill=9, pairs=1, seed=5)["resume"]
+    resume = prove_script(script, kill=9, seed=5)["resume"]
     assert (resume["verdict"], resume["files_not_compared"]) == ("identical", "log.txt")
 
 
 def test_a_save_that_failed_is_the_reason(script):
     edit(script, ('"step": step}', '"step": step, "of": open}'))
-    done = run_tool(script, "--kill", 1, "--pairs", 1)
+    done = run_tool(script, "--kill", 1)
     assert done.returncode == 2
     assert re.search(r"^  resume: unanswered: step \d was not saved: of is a ", done.stdout, re.M)
     assert "left a checkpoint" not in done.stdout
@@ -334,7 +421,7 @@ def test_a_save_that_failed_is_the_reason(script):
 def test_a_run_that_fails_when_it_resumes_differs(script):
     begins = "while step < 10:\n"
     edit(script, (begins, f"if step: raise KeyError('late')  # observability\n{begins}"))
-    resume = prove_script(script, kill=2, pairs=1)["resume"]
+    resume = prove_script(script, kill=2)["resume"]
     assert (resume["verdict"], "KeyError: 'late'" in resume["why"]) == ("differs", True)
 
 
@@ -353,7 +440,7 @@ def test_kills_come_at_different_kinds_of_places_first(script):
     val = "    val = [model(data[i:]).abs().mean().item() for i in range(3)][-1]\n"
     val += "    obs.validation(val)  # observability\n"
     script.write_text(f"{head}{EPOCHS}{inner}{val}obs.finish(){end}")
-    resume = prove_script(script, kill=5, pairs=1)["resume"]
+    resume = prove_script(script, kill=5)["resume"]
     assert resume["verdict"] == "identical", resume
     assert sorted(run["where"] for run in resume["runs"][:5]) == [
         "at an epoch's last step",
@@ -366,7 +453,7 @@ def test_kills_come_at_different_kinds_of_places_first(script):
 
 def test_a_patch_that_cannot_resume_has_no_verdict_about_it(script):
     edit(script, ("start, step = obs.resume(start=start, step=step)  # observability\n", ""))
-    resume = prove_script(script, kill=1, pairs=1)["resume"]
+    resume = prove_script(script, kill=1)["resume"]
     assert (resume["verdict"], "never calls resume()" in resume["why"]) == ("unanswered", True)
 
 
@@ -376,12 +463,11 @@ def test_a_patch_that_cannot_resume_has_no_verdict_about_it(script):
 def test_the_report_is_json_on_request_and_steps_end_both(script):
     unmarked = [row for row in SCRIPT.splitlines() if not row.endswith("# observability")]
     script.write_text("\n".join(unmarked))
-    done = run_tool(script, "--steps", 3, "--pairs", 1, "--json", OBS_DISABLE="1")
+    done = run_tool(script, "--steps", 3, "--json", OBS_DISABLE="1")
     report = json.loads(done.stdout)
     assert (done.returncode, report["verdict"], report["counts"]["step"]) == (0, "identical", 3)
     assert report["observed"]["train"] == 2
-    assert all(report["cost"][name]["patched"] > 0 for name in ("wall_s", "cpu_ms_a_step"))
-    assert "run 2: patched" in done.stderr
+    assert "run patched" in done.stderr
 
 
 RANKS = """
@@ -418,7 +504,7 @@ time.sleep(0.3)  # gloo's threads abort a process that exits at once, one time i
 
 def test_the_end_of_every_rank_is_compared(script):
     script.write_text(RANKS)
-    options = ["--nproc", 2, "--pairs", 1, "--json"]
+    options = ["--nproc", 2, "--json"]
     done = run_tool(script, *options, "--kill", 1)
     report = json.loads(done.stdout)
     resume = report["resume"]
@@ -436,17 +522,17 @@ def test_the_end_of_every_rank_is_compared(script):
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
 def test_a_terminal_shows_the_time_left(script):
     terminal, end = os.openpty()
-    command = [sys.executable, TOOLS / "prove.py", script, "--pairs", "1", "--steps", "3"]
+    command = [sys.executable, TOOLS / "prove.py", script, "--steps", "3"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=end, check=False)
     shown = os.read(terminal, 1 << 16).decode()
     os.close(end), os.close(terminal)
-    assert (done.returncode, " s left, run 2: patched" in shown) == (0, True), shown
+    assert (done.returncode, " s left, run " in shown) == (0, True), shown
 
 
 def test_another_patch_can_be_given_and_status_1_says_that_it_differs(script):
     mine = script.with_name("mine.py")
     mine.write_text(SCRIPT.replace("obs.init(", "torch.rand(1); obs.init("))
-    done = run_tool(script, "--patched", mine, "--steps", 1, "--pairs", 1)
+    done = run_tool(script, "--patched", mine, "--steps", 1)
     assert (done.returncode, "first difference: step 1" in done.stdout) == (1, True)
 
 
@@ -459,13 +545,13 @@ def test_a_script_may_start_in_a_folder_of_its_project(script):
             "data = torch.randn(40, 4) * float(open('../data.txt').read())",
         ),
     )
-    options = {"root": script.parent.parent, "start": script.parent, "steps": 2, "pairs": 1}
+    options = {"root": script.parent.parent, "start": script.parent, "steps": 2}
     assert prove_script(script, **options)["verdict"] == "identical"
 
 
 def test_a_script_that_fails_by_itself_has_no_verdict(script):
     edit(script, ("while step < 10:\n", "while step < 10:\n    1 // (2 - step)\n"))
-    done = run_tool(script, "--pairs", 1)
+    done = run_tool(script)
     assert (done.returncode, "ZeroDivisionError" in done.stdout) == (2, True)
 
 
@@ -489,7 +575,7 @@ def test_parameters_that_have_no_values_yet_are_no_hindrance(script):
         "empty = [torch.nn.Linear(2, 2, device='meta'), torch.nn.LazyLinear(2)]\n"
     )
     edit(script, ("start = step = 0\n", f"start = step = 0\n{empty}"))
-    assert prove_script(script, pairs=1)["verdict"] == "identical"
+    assert prove_script(script)["verdict"] == "identical"
 
 
 def test_a_patch_that_fails_differs(script):
@@ -500,14 +586,36 @@ def test_a_patch_that_fails_differs(script):
 def test_the_users_folder_is_left_as_it_was(script):
     (script.parent / "out").mkdir()
     before = {path: path.stat().st_mtime_ns for path in script.parent.rglob("*")}
-    prove_script(script, pairs=1)
+    prove_script(script)
     assert {path: path.stat().st_mtime_ns for path in script.parent.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["missing.py"], "No such file"),
+        (["."], "cannot read the script"),
+        (["train.py", "--patched", "missing.py"], "No such file"),
+        (["train.py", "--link", "/"], "not in the subpath"),
+        (["notes.py"], "autopatch.py cannot patch it"),
+        (["train.py", "--kill", "0"], "0 is not a number from 1 on"),
+    ],
+)
+def test_what_cannot_be_proved_is_a_sentence_and_status_2(
+    script, capsys, monkeypatch, arguments, said
+):
+    script.with_name("notes.py").write_text("this is no Python\n")
+    monkeypatch.chdir(script.parent)
+    with contextlib.suppress(SystemExit):
+        assert prove.main(arguments) == 2
+    shown = capsys.readouterr()
+    assert said in shown.out + shown.err
 
 
 @pytest.mark.parametrize("name", ["loop_elsewhere", "several_processes"])
 def test_what_cannot_be_patched_or_watched_has_no_verdict(name):
     with pytest.raises(prove.Unanswered, match=r"engine\.py|is not watched"):
-        prove_script(SHAPES[name], pairs=1)
+        prove_script(SHAPES[name])
 
 
 # --- Every shape that is patched ------------------------------------------------------------------
@@ -523,7 +631,7 @@ def test_a_patched_shape_is_identical_and_resumes_where_it_offers_to(tmp_path, n
     patched = tmp_path / SHAPES[name].name
     patched.write_bytes(SHAPES[name].read_bytes())
     subprocess.run([sys.executable, TOOLS / "autopatch.py", "--write", patched], check=True)
-    report = prove_script(SHAPES[name], patched=patched, pairs=1, kill=2, seed=3)
+    report = prove_script(SHAPES[name], patched=patched, kill=2, seed=3)
     assert (report["verdict"], report["first_difference"]) == ("identical", None)
     assert report["observed"]["train"] > 0
     if ".skip_" in patched.read_text() or ".resume(" in patched.read_text():
