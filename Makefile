@@ -39,8 +39,8 @@ tb: $(STAMP) ## show the curves: TensorBoard on this machine's loopback
 summarize: $(STAMP) ## a table of the runs
 	@$(if $(RUNS),$(PY) mainrun/observability.py summarize $(RUNS),echo "no run yet: make train")
 
-test: $(TESTS_STAMP) ## the test suite
-	@$(PY) -m pytest
+test: $(TESTS_STAMP) ## the test suite, on up to four cores
+	@$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 faults: $(TESTS_STAMP) ## kill a small run 320 times, then starve and damage its checkpoints
 	@$(PY) tests/faults/campaign.py --kills 300 --chain 20

@@ -244,7 +244,8 @@ def test_a_configuration_of_whatever_kind_never_raises(open_run, run_dir, config
     ],
 )
 def test_init_raises_nothing_whatever_it_is_handed(tmp_path, monkeypatch, given):
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "train.py"))
+    script = str(tmp_path / "train.py")  # which a worker of pytest-xdist has none of
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", script, raising=False)
     positional = [key for key in given if not isinstance(key, str)]
     obs.init(*positional, **{k: v for k, v in given.items() if isinstance(k, str)})
     obs.step(1, loss=1.0)
