@@ -666,11 +666,25 @@ class OptimizerHooks:
         if not hasattr(optimizer, "register_step_post_hook"):
             warn_once(f"{name} is not recorded, {type(optimizer).__name__} takes no step hook")
         elif id(optimizer) not in self.hooks:
-            self.hooks[id(optimizer)] = optimizer.register_step_post_hook(note)
+            self.hooks[id(optimizer)] = register_hook(optimizer.register_step_post_hook, note)
 
     def remove(self) -> None:
         for hook in self.hooks.values():
             hook.remove()
+
+
+def register_hook(register: Callable[[Any], Any], hook: Any) -> Any:
+    """A handle of torch's, without taking one of the numbers that the script's hooks have.
+
+    They are keys in each module that it pickles. Ours are far below zero, and no two hooks that
+    are registered at once have the same, also not with two copies of this file.
+    """
+    handles: Any = sys.modules["torch"].utils.hooks.RemovableHandle
+    next_id, handles.next_id = handles.next_id, -id(hook)
+    try:
+        return register(hook)
+    finally:
+        handles.next_id = next_id
 
 
 def sizes(batch: Any, batches: Any, tokens: Any, samples: Any) -> tuple[Any, Any]:
@@ -3134,8 +3148,9 @@ class CallSiteChecks:
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
         stepped = self._stepped
-        self._hook = register_optimizer_step_post_hook(
-            lambda optimizer, *_: stepped.update({id(optimizer): weakly(optimizer)})
+        self._hook = register_hook(
+            register_optimizer_step_post_hook,
+            lambda optimizer, *_: stepped.update({id(optimizer): weakly(optimizer)}),
         )
         if self.root[0] is None:
             self.note("resume() is never called; add obs.resume() before the loop")
