@@ -666,11 +666,25 @@ class OptimizerHooks:
         if not hasattr(optimizer, "register_step_post_hook"):
             warn_once(f"{name} is not recorded, {type(optimizer).__name__} takes no step hook")
         elif id(optimizer) not in self.hooks:
-            self.hooks[id(optimizer)] = optimizer.register_step_post_hook(note)
+            self.hooks[id(optimizer)] = register_hook(optimizer.register_step_post_hook, note)
 
     def remove(self) -> None:
         for hook in self.hooks.values():
             hook.remove()
+
+
+def register_hook(register: Callable[[Any], Any], hook: Any) -> Any:
+    """A handle of torch's, without taking one of the numbers that the script's hooks have.
+
+    They are keys in each module that it pickles. Ours are far below zero, and no two hooks that
+    are registered at once have the same, also not with two copies of this file.
+    """
+    handles: Any = sys.modules["torch"].utils.hooks.RemovableHandle
+    next_id, handles.next_id = handles.next_id, -id(hook)
+    try:
+        return register(hook)
+    finally:
+        handles.next_id = next_id
 
 
 def sizes(batch: Any, batches: Any, tokens: Any, samples: Any) -> tuple[Any, Any]:
@@ -2840,7 +2854,7 @@ class Checkpointer:
             "start": self._loop.start,
             "listeners": kept,
             "switched": fenced(self._checks.switched)(),
-            "carry": self._carried.plain(),
+            "carry": self._carried.plain(ids_of(run.watched)),
         }
         if run.recorder.rank:
             return {"rng_state.pt": rng}
@@ -2997,6 +3011,7 @@ class CarriedLocals:
         self.origin: Path | None = None
         self.ended: Any = None  # the epoch at whose end the checkpoint was made
         self.asked: dict[str, types.CodeType] = {}  # by which function
+        self.begun: dict[str, dict[int, Any]] = {}  # the objects and dicts that it was given
 
     def give(self, defaults: Mapping[str, Any], epoch: Any) -> dict[str, Any]:
         """Each as it was saved, once; as given from then on."""
@@ -3010,19 +3025,15 @@ class CarriedLocals:
         values = {name: self.saved.pop(name, value) for name, value in defaults.items()}
         if epoch is not None and self.ended not in (None, epoch):  # what it made ended with it
             values |= {name: defaults[name] for name in defaults if is_made_here(name, caller())}
+        values = {name: put_in_place(defaults[name], value) for name, value in values.items()}
         if epoch is not None:  # before the loop they are what they begin with, not a state
             self.given.update(values)
+        self.begun |= {name: {id(v): v for v in holders(value)} for name, value in values.items()}
         return values
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self, watched: set[int]) -> dict[str, Any]:
         """As of the last look. Raises CheckpointError for what would not come back as it was."""
-        for name, value in self.now.items():
-            if not is_plain(value):
-                raise CheckpointError(
-                    f"{name} is a {type(value).__name__}, and resume() gives back numbers, texts "
-                    "and tensors, and lists, tuples, sets and dicts of them"
-                )
-        return self.now
+        return {n: plain_part(n, v, self.begun.get(n, {}), watched) for n, v in self.now.items()}
 
     def look(
         self, frames: Sequence[types.FrameType], carry: Iterable[str], checks: CallSiteChecks
@@ -3060,7 +3071,60 @@ def is_plain(value: Any) -> bool:
     if kind in (list, tuple, set, dict, OrderedDict):
         return all(map(is_plain, (*value, *(value.values() if isinstance(value, dict) else ()))))
     known = kind in (type(None), bool, int, float, complex, str, bytes)
-    return known or kind.__module__.partition(".")[0] in ("torch", "numpy")
+    return known or kind.__module__ in ("torch", "torch.nn.parameter", "numpy")
+
+
+# Of a dict with something else in it, and of an object of the script's own, the plain part is saved
+# and put back into the one that the resumed script has made: no code of a stranger is pickled.
+_IN_PLACE = "is put in place"
+_LEFT = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
+
+
+def attributes(value: Any) -> dict[Any, Any] | None:
+    """Or a dict's entries; None of what keeps, or may keep, something elsewhere."""
+    kind = type(value)
+    if kind is dict:
+        return value  # type: ignore[no-any-return]
+    # The state of a built-in that it is made of takes up room beside its __dict__.
+    is_bare = (kind.__basicsize__, kind.__itemsize__) == (CarriedLocals.__basicsize__, 0)
+    has_more = hasattr(kind, "state_dict") or any(vars(k).get("__slots__") for k in kind.__mro__)
+    return vars(value) if is_bare and is_own(value) and not has_more else None
+
+
+def holders(value: Any) -> list[Any]:
+    """What has attributes of these: the value, and those that it holds."""
+    parts = attributes(value)
+    within = () if parts is None else (value, *parts.values())
+    return [each for each in within if attributes(each) is not None]
+
+
+def plain_part(path: str, value: Any, begun: Mapping[int, Any], watched: set[int]) -> Any:
+    """Of what resume() was given; of another object nobody knows who else holds it."""
+    if is_plain(value):
+        return value
+    parts = attributes(value)
+    if parts is None or id(value) not in begun or not is_plain([*parts]):
+        raise CheckpointError(
+            f"{path} is a {type(value).__name__}, and resume() gives back numbers, texts and "
+            "tensors, lists, tuples, sets and dicts of them, and what an object or a dict of the "
+            "script, the same that it was given, has of these"
+        )
+    kept = {n: v for n, v in parts.items() if not isinstance(v, _LEFT)}
+    kept = {n: v for n, v in kept.items() if id(unwrapped(v)) not in watched}
+    return {_IN_PLACE: {n: plain_part(f"{path}.{n}", v, begun, watched) for n, v in kept.items()}}
+
+
+def put_in_place(value: Any, saved: Any) -> Any:
+    if type(saved) is not dict or [*saved] != [_IN_PLACE]:
+        return saved
+    parts = attributes(value)
+    if parts is None:
+        raise CheckpointError(f"what was saved of an object does not fit a {type(value).__name__}")
+    values = {name: put_in_place(parts.get(name), v) for name, v in saved[_IN_PLACE].items()}
+    for name in [name for name, v in parts.items() if is_plain(v) and name not in values]:
+        del parts[name]
+    parts.update(values)
+    return value
 
 
 def names_in(frame: types.FrameType) -> dict[str, Any]:
@@ -3134,8 +3198,9 @@ class CallSiteChecks:
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
         stepped = self._stepped
-        self._hook = register_optimizer_step_post_hook(
-            lambda optimizer, *_: stepped.update({id(optimizer): weakly(optimizer)})
+        self._hook = register_hook(
+            register_optimizer_step_post_hook,
+            lambda optimizer, *_: stepped.update({id(optimizer): weakly(optimizer)}),
         )
         if self.root[0] is None:
             self.note("resume() is never called; add obs.resume() before the loop")

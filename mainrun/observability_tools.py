@@ -1025,8 +1025,9 @@ class ZeroEdit:
         from torch.optim import optimizer as optim
 
         torch = sys.modules["torch"]
-        optim.register_optimizer_step_pre_hook(obs.fenced(self._before_step))
-        optim.register_optimizer_step_post_hook(obs.fenced(self._after_step))
+        before, after = obs.fenced(self._before_step), obs.fenced(self._after_step)
+        obs.register_hook(optim.register_optimizer_step_pre_hook, before)
+        obs.register_hook(optim.register_optimizer_step_post_hook, after)
         wrap(torch.autograd, "backward", before=obs.fenced(self._note_loss))
         scaler = getattr(torch.amp, "GradScaler", None) or torch.cuda.amp.GradScaler
         wrap(scaler, "scale", after=obs.fenced(self._note_scaled))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faults.scripts import Script
@@ -432,3 +433,155 @@ def test_a_step_of_any_library_is_a_step_like_another(tmp_path, number):
     records = [r for r in obs.read_run(script.out / "run") if "loss/train" in r["metrics"]]
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
     assert "failed and the training goes on" not in killed.said + ended.said
+
+
+# --- What is put back in place --------------------------------------------------------------------
+
+METER = """
+class Meter:
+    def __init__(self, name="loss"):
+        self.name, self.shown = name, print
+        self.sum, self.count, self.parts = 0.0, 0, []
+
+    def update(self, value):
+        self.sum += value
+        self.count += 1
+        self.parts.append(value)
+
+    @property
+    def mean(self):
+        return self.sum / max(1, self.count)
+"""
+EPOCHS = """
+obs.init("run")
+obs.watch(model, optimizer=opt)
+BEGIN
+step = obs.resume(step=step)
+for epoch in range(3):
+    if obs.skip_epoch(epoch): continue
+    EACH_EPOCH
+    for batch in range(4):
+        if obs.skip_batch(): continue
+        loss = update(step)
+        step += 1
+        EACH_STEP
+        obs.step(step, loss=loss)
+        stop(step)
+    END_OF_EPOCH
+    if leave: break
+print("end", step, AT_THE_END)
+"""
+IN_PLACE = {
+    "a meter of the run": {
+        "BEGIN": "total = Meter(); again = [total]; total = obs.resume(total=total)",
+        "EACH_STEP": "total.update(loss.item())",
+        "END_OF_EPOCH": "print('mean', epoch, again[0].mean, total.parts)",
+    },
+    "a meter that each epoch makes anew": {
+        "EACH_EPOCH": "losses = Meter(); losses = obs.resume(losses=losses)",
+        "EACH_STEP": "losses.update(loss.item())",
+        "END_OF_EPOCH": "print('mean', epoch, losses.mean, losses.count)",
+    },
+    "meters in a dict": {
+        "EACH_EPOCH": "found = {k: Meter(k) for k in 'ab'}; found = obs.resume(found=found)",
+        "EACH_STEP": "[each.update(step * loss.item()) for each in found.values()]",
+        "END_OF_EPOCH": "print('mean', epoch, [(k, v.name, v.mean) for k, v in found.items()])",
+    },
+    "an object that holds one": {
+        "BEGIN": "own = Own(); own.meter, own.best = Meter(), None; own = obs.resume(own=own)",
+        "EACH_STEP": "own.meter.update(loss.item()); own.best = loss.detach(); own.last = step",
+        "END_OF_EPOCH": "print('mean', epoch, own.meter.mean, own.best, own.last)",
+    },
+    "lists of the history": {
+        "BEGIN": "seen = {'train': [], 'val': []}; seen = obs.resume(seen=seen)",
+        "EACH_STEP": "seen['train'].append(loss.item())",
+        "END_OF_EPOCH": "seen['val'].append(max(seen['train'][-4:])); print('seen', seen)",
+    },
+    "an early stopper": {
+        "BEGIN": "stopper = Stopper(model); stopper = obs.resume(stopper=stopper)",
+        "END_OF_EPOCH": "stopper(-step); leave = stopper.stop; print('stop', *stopper.shown())",
+    },
+    "a dict with what is watched": {
+        "BEGIN": """state = {"model": model, "optimizer": opt, "epoch": 0, "step": 0, "old": 1}
+state = obs.resume(state=state)
+model = state["model"]""",
+        "EACH_STEP": """state["step"] += 1; state["epoch"] = epoch; state["new"] = [step]
+        state.pop("old", None)""",
+        "END_OF_EPOCH": "print('state', [*state], *[state[k] for k in ('step', 'epoch', 'new')])",
+    },
+}
+STOPPER = """
+class Stopper:
+    def __init__(self, model):
+        self.model, self.best, self.counter, self.stop, self.kept = model, None, 0, False, None
+
+    def __call__(self, score):
+        if self.best is None or score > self.best:
+            self.best, self.counter = score, 0
+            self.kept = {n: t.clone() for n, t in self.model.state_dict().items()}
+        else:
+            self.counter += 1
+            self.stop = self.counter >= 2
+
+    def shown(self):
+        return self.best, self.counter, self.stop, self.kept["bias"].item().hex()
+"""
+
+
+def epochs(parts: dict[str, str]) -> str:
+    body = EPOCHS.replace("BEGIN", "step, leave = 0, False\n" + parts.get("BEGIN", ""))
+    for place in ("EACH_EPOCH", "EACH_STEP", "END_OF_EPOCH"):
+        body = body.replace(place, parts.get(place, "pass"))
+    return METER + STOPPER + body.replace("AT_THE_END", "model.bias.item().hex()")
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_what_an_object_has_is_put_back_in_it_to_the_last_printed_line(tmp_path, name):
+    body = epochs(IN_PLACE[name])
+    settings = {**SAVING, "SAVE_INTERVAL": 1}
+    straight = script_of(tmp_path / "straight", body).run(**settings)
+    script = script_of(tmp_path / "work", body)
+    said = [script.killed(**settings, KILL_AT=at) for at in (2, 7, 8)] + [script.run(**settings)]
+    assert "was not saved" not in straight.said
+    assert "exact" not in "".join(each.said for each in said)
+    assert printed(*said) == printed(straight)
+    assert "resume at step 8" in said[-1].said
+
+
+def printed(*ended: Any) -> list[str]:
+    lines = [line for each in ended for line in each.said.splitlines()]
+    return [line for line in lines if not line.startswith("observability: ")]
+
+
+LEFT_OUT = {
+    "slots": "class Odd:\n    __slots__ = 'a', '__dict__'",
+    "a kind of dict": "class Odd(dict): pass",
+    "a kind of number": "class Odd(int): pass",
+    "a kind of generator": "import random\nclass Odd(random.Random): pass",
+    "a state of its own": "class Odd:\n    def state_dict(self): return {}",
+    "a file": "class Odd:\n    def __init__(self): self.file = open(os.devnull)",
+    "a module": "def Odd(): return torch.nn.Linear(1, 1)",
+    "a loader": "def Odd(): return torch.utils.data.DataLoader([1, 2])",
+    "an optimizer": "def Odd(): return torch.optim.SGD(model.parameters(), lr=1)",
+    "a module in a dict": "def Odd(): return {'a': torch.nn.Linear(1, 1)}",
+    "an object three deep": """
+class Odd:
+    def __init__(self, depth=2):
+        self.within = Odd(depth - 1) if depth else None
+""",
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_cannot_be_put_back_is_not_called_saved(tmp_path, name):
+    body = epochs({"BEGIN": "odd = Odd(); odd = obs.resume(odd=odd)"})
+    script = script_of(tmp_path / "work", LEFT_OUT[name] + "\n" + body)
+    said = script.run(**SAVING).said
+    assert "step 2 was not saved: odd" in said
+    assert "odd" in said.split("was not saved: ")[1].split(" is a ")[0]
+
+
+def test_another_object_than_resume_gave_is_not_called_saved(tmp_path):
+    begin = "odd = Meter(); odd = obs.resume(odd=odd)"
+    body = epochs({"BEGIN": begin, "EACH_EPOCH": "odd = Meter()"})
+    assert "step 2 was not saved: odd is a Meter" in script_of(tmp_path, body).run(**SAVING).said

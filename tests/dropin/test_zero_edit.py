@@ -222,6 +222,49 @@ for step in range(3):
     print(loss.item())
 """
 
+# The number of each hook is a key of a dict that is pickled with its module.
+PICKLES = """
+import hashlib, io, sys, warnings
+import torch
+from torch.optim import optimizer as of_all
+warnings.simplefilter("ignore")
+def shown(module, *_):
+    pass
+def hooked():
+    torch.manual_seed(1)
+    net = torch.nn.Sequential(
+        torch.nn.utils.weight_norm(torch.nn.Linear(4, 8)),
+        torch.nn.utils.spectral_norm(torch.nn.Linear(8, 8)),
+        torch.nn.Linear(8, 1),
+    )
+    for register in (net.register_forward_hook, net.register_full_backward_hook):
+        register(shown)
+    net[2].register_forward_pre_hook(shown)
+    return net
+model = torch.nn.Linear(4, 1)
+optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2)]
+if "watched" in sys.argv:
+    import observability as obs
+    obs.init("pickles", save_interval=1)
+    obs.watch(model, optimizer=optimizers)
+    obs.resume()
+for step in range(3):
+    for optimizer in optimizers:
+        model(torch.ones(8, 4)).square().mean().backward()
+        optimizer.step()
+    if "watched" in sys.argv:
+        obs.step(step + 1)
+    file = io.BytesIO()
+    torch.save(hooked(), file)
+    print(hashlib.sha256(file.getvalue()).hexdigest())
+handles = [each.register_step_post_hook(shown) for each in optimizers]
+print([handle.id for handle in handles])
+if "watched" in sys.argv:
+    obs.finish()
+    assert all(len(each._optimizer_step_post_hooks) == 1 for each in optimizers)
+    assert not of_all._global_optimizer_post_hooks
+"""
+
 
 def run(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     (folder / "train.py").write_text(script)
@@ -253,6 +296,20 @@ def test_an_untouched_script_is_recorded_and_computes_the_same(tmp_path):
     assert manifest["command_line"][1:] == ["--lr", "3"]
     results = json.loads((run_dir / "results.json").read_text())
     assert (results["status"], results["steps"]) == ("completed", 6)
+
+
+@pytest.mark.parametrize("way", ["untouched", "watched"])
+def test_a_module_that_a_script_pickles_has_the_same_bytes(tmp_path, way):
+    (tmp_path / "train.py").write_text(PICKLES)
+    alone = python(tmp_path / "train.py")
+    if way == "untouched":
+        observed = run(tmp_path, PICKLES, way)
+    else:
+        path = {**os.environ, "PYTHONPATH": str(MAINRUN)}
+        observed = python(tmp_path / "train.py", way, env=path)
+    assert (tmp_path / "out").exists()
+    assert alone.returncode == observed.returncode == 0, observed.stderr
+    assert observed.stdout == alone.stdout, observed.stderr
 
 
 @pytest.mark.parametrize(
