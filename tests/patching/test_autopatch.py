@@ -53,6 +53,7 @@ GOLDEN = {
     "own_checkpoint": ("yes", "yes", "yes", "loss=loss, batch=images"),
     "phases": ("yes", "yes", "yes", "loss=loss, batch=inputs"),
     "reinforce": ("yes", "none seen", "no", "i_episode"),
+    "scheduler_step_epoch": ("yes", "yes", "yes", "loss=loss, batch=x"),
     "several_evaluations": ("yes", "yes", "yes", "step, loss=loss, batch=x"),
     "several_processes": ("yes", "none seen", "no", "loss=loss"),
     "sharpness_aware": ("yes", "none seen", "yes", "loss=loss.mean()"),
