@@ -736,6 +736,41 @@ class Trainer:
 """
 
 
+OF_MAIN = """import argparse
+import torch
+
+
+def train(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr={lr})
+    for step in range(3):
+        loss = model(torch.ones(2, 4)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    args = parser.parse_args()
+    train(torch.nn.Linear(4, 1))
+"""
+
+
+def test_a_function_is_given_nothing_that_only_a_file_that_is_run_has(tmp_path):
+    path = tmp_path / "trainer.py"
+    path.write_text(OF_MAIN.format(lr=0.1))
+    assert run_tool(path, "--write").returncode == 0
+    main = tmp_path / "main.py"
+    main.write_text("import torch, trainer\ntrainer.train(torch.nn.Linear(4, 1))\n")
+    done = python(main, cwd=tmp_path)
+    assert "completed at step 2" in done.stderr, done.stderr
+
+
+def test_a_function_that_reads_the_arguments_of_main_itself_keeps_them():
+    result, _ = patch(OF_MAIN.format(lr="args.lr").encode())
+    assert b"obs.init(config=vars(args))" in result
+
+
 @pytest.mark.parametrize("first", ["", "from .bits import Bits"], ids=["absolute", "relative"])
 @pytest.mark.parametrize("init", [True, False], ids=["package", "namespace"])
 @pytest.mark.parametrize(
