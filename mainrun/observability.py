@@ -4509,7 +4509,8 @@ class Frozen:
             return tree
         twin = copy.copy(tree) if isinstance(tree, dict) else copy.deepcopy(tree)
         if isinstance(tree, dict):  # keeps its kind, and the `_metadata` of a state_dict
-            twin.update([(key, self._still(value)) for key, value in tree.items()])
+            # A Counter's own `update` would count the pairs.
+            dict.update(twin, [(key, self._still(value)) for key, value in tree.items()])
         return twin
 
     def pickle(self, arena: Arena) -> None:

@@ -316,11 +316,12 @@ def _perhaps_called(script: Script, scope: Scope) -> str:
 
 
 def _is_over_optimizers(loop: Loop) -> bool:
-    """`for opt in optimizers: opt.step()` is not a loop over batches."""
+    """`for opt in optimizers: opt.step()`, or `scaler.step(opt)`, is not a loop over batches."""
     names = set(targets(loop))
     return any(
-        names & {name, *map(dotted, getattr(n, "args", []))}
+        name in names or (SCALER_NAME.search(name) and names & {*map(dotted, n.args)})
         for n in (own_all(loop.body) if names else [])
+        if isinstance(n, ast.Call)
         for name, method in [method_call(n)]
         if method in {"step", "zero_grad"}
     )

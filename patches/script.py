@@ -19,7 +19,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 from lines import UNPARSABLE, PatchError, decoded
@@ -210,6 +210,11 @@ def leaves(stmt: ast.stmt) -> bool:
 
 def is_range(expr: ast.expr) -> bool:
     return any(called(node) in {"range", "trange"} for node in walk(expr))
+
+
+def is_main(test: ast.expr) -> bool:
+    """`__name__ == "__main__"`."""
+    return isinstance(test, ast.Compare) and dotted(test.left) == "__name__"
 
 
 def blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
@@ -408,7 +413,7 @@ class Script:
         """Parameters, what the enclosing functions and the module bind, and `self.x`."""
         if isinstance(scope, ast.Module):
             return frozenset()
-        outer = self.at_end(self.tree.body)
+        outer = self.at_end(self.tree.body) - (self._of_main - self.outside(scope))
         if isinstance(self.scope_of(scope), FUNCTIONS):
             outer |= self.bound(self.home[scope])
         hidden = self.locals_of(scope)
@@ -418,6 +423,13 @@ class Script:
             if isinstance(f, FUNCTIONS) and f.name == "__init__":
                 names |= {name for name in self.at_end(f.body) if name.startswith("self.")}
         return frozenset(names.union(self.parameters(scope)))
+
+    @cached_property
+    def _of_main(self) -> Names:
+        """Names that are there only where the file is run, not where it is imported."""
+        mains = [s for s in self.tree.body if isinstance(s, ast.If) and is_main(s.test)]
+        only = (frozenset(written(s.body)) - self.bound(self.home[s]) for s in mains)
+        return frozenset().union(*only)
 
     # -- where a line can be added
     def own_line(self, stmt: ast.stmt) -> bool:
@@ -527,8 +539,7 @@ class Flow:
         self.under[test] = self.under.get(test, frozenset()) | taken
         self.presumed = presumed
         other = self.block(stmt.orelse, bound)
-        main = isinstance(stmt.test, ast.Compare) and dotted(stmt.test.left) == "__name__"
-        return taken if main else meet(taken, other)
+        return taken if is_main(stmt.test) else meet(taken, other)
 
     def _loop(self, loop: Loop, bound: Names) -> Names:
         bound = self.read(loop.test if isinstance(loop, ast.While) else loop.iter, bound)

@@ -134,6 +134,15 @@ def test_tied_weights_stay_tied_and_are_stored_once(store):
     assert (store.path(1) / "model.pth").stat().st_size < own + 500 * 20
 
 
+def test_a_scheduler_s_milestones_are_saved_as_they_are(store):
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[2, 3, 3])
+    assert save(store, 1, obs.capture(watched(model, optimizer=[optimizer], scheduler=[scheduler])))
+    saved = torch.load(store.path(1) / "optimizer.pt", weights_only=True)
+    assert saved["scheduler"]["milestones"] == scheduler.milestones
+
+
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "LBFGS"])
 def test_a_restored_run_goes_on_to_the_same_digits(store, name):
     def build() -> dict[str, list[Any]]:

@@ -53,6 +53,7 @@ GOLDEN = {
     "own_checkpoint": ("yes", "yes", "yes", "loss=loss, batch=images"),
     "phases": ("yes", "yes", "yes", "loss=loss, batch=inputs"),
     "reinforce": ("yes", "none seen", "no", "i_episode"),
+    "scheduler_step_epoch": ("yes", "yes", "yes", "loss=loss, batch=x"),
     "several_evaluations": ("yes", "yes", "yes", "step, loss=loss, batch=x"),
     "several_processes": ("yes", "none seen", "no", "loss=loss"),
     "sharpness_aware": ("yes", "none seen", "yes", "loss=loss.mean()"),
@@ -733,6 +734,41 @@ class Trainer:
             self.optimizer.step()
         print("trained", step + 1)
 """
+
+
+OF_MAIN = """import argparse
+import torch
+
+
+def train(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr={lr})
+    for step in range(3):
+        loss = model(torch.ones(2, 4)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    args = parser.parse_args()
+    train(torch.nn.Linear(4, 1))
+"""
+
+
+def test_a_function_is_given_nothing_that_only_a_file_that_is_run_has(tmp_path):
+    path = tmp_path / "trainer.py"
+    path.write_text(OF_MAIN.format(lr=0.1))
+    assert run_tool(path, "--write").returncode == 0
+    main = tmp_path / "main.py"
+    main.write_text("import torch, trainer\ntrainer.train(torch.nn.Linear(4, 1))\n")
+    done = python(main, cwd=tmp_path)
+    assert "completed at step 2" in done.stderr, done.stderr
+
+
+def test_a_function_that_reads_the_arguments_of_main_itself_keeps_them():
+    result, _ = patch(OF_MAIN.format(lr="args.lr").encode())
+    assert b"obs.init(config=vars(args))" in result
 
 
 @pytest.mark.parametrize("first", ["", "from .bits import Bits"], ids=["absolute", "relative"])
