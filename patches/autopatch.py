@@ -63,11 +63,12 @@ from loop import (
     StepSpot,
     TrainingLoop,
     Update,
-    divided_by,
+    as_shown,
     find_nests,
     find_updates,
     key_of,
     losses_given,
+    named,
     names_given,
     needed_by,
     note,
@@ -390,7 +391,7 @@ def stepped(n: TrainingLoop) -> Found:
     for end in n.ends:
         if isinstance(end, StepSpot):
             found += n.add(end.spot, "step", _step(n, end), "likely" if end.test else "sure")
-            yield from _left_out(n, end.spot)
+            yield from _left_out(n, end)
         elif not end.part:
             yield end
     yield from found
@@ -419,10 +420,10 @@ def logged_in_helper(n: TrainingLoop) -> Found:
             continue
         spot = Spot(scope.body, len(scope.body) - isinstance(scope.body[-1], ast.Return))
         calls = [call for call in n.script.calls if n.script.scope_of(call) is scope]
-        names = [dotted(propagated(call, n.roles)) for call in calls]
-        for name in names:
-            if name and "." not in name and name in n.script.bound(spot):
-                yield from n.add(spot, "step", f'{n.obs}.log({{"loss/train": {name}}})')
+        given = [(call, propagated(call, n.roles)) for call in calls]
+        for loss in (loss for call, expr in given if expr for loss in named(n, expr, call)):
+            if not loss.is_part and {*map(root, loss.reads)} <= n.script.bound(spot):
+                yield from n.add(spot, "step", f'{n.obs}.log({{"loss/train": {loss.code}}})')
                 return
     text = "the loss of this step has no name that can be logged; steps are logged without it"
     yield note(n.nest.sites[0], text)
@@ -432,11 +433,13 @@ def _step(n: TrainingLoop, end: StepSpot) -> str:
     """The step line: its number and its loss, and of the rest what fits into the width."""
     bound = n.script.bound(end.spot)
     usable = [loss for loss in n.losses if not _why_not(n, loss, end.spot)]
-    named = {key_of(loss.name): _as_number(n, loss) for loss in usable[:-1]}
+    whole = [loss for loss in usable if loss is n.losses[-1] and not loss.is_part]
+    # Parts, other losses; of what has no name there is none.
+    names = {key_of(x.name): _as_number(n, x) for x in usable if x not in whole and x.name in bound}
     taken = {"step", "loss", "batch", "batches", "tokens", "samples", "carry", "last"}
-    others = [f"{key}={code}" for key, code in named.items() if key not in taken]
+    others = [f"{key}={code}" for key, code in names.items() if key not in taken]
     needed = [*filter(None, [n.counter(bound)])]
-    needed += [f"loss={_as_number(n, loss)}" for loss in usable[-1:]]
+    needed += [f"loss={_as_number(n, loss)}" for loss in whole]
     kept = [f'"{key}": {name}' for key, name in _unseen_by_step(n).items() if name in bound]
     ends = [f"carry={{{', '.join(kept)}}}"] * bool(kept)
     ends += [f"last={end.last}"] * bool(end.last and resumes(n))
@@ -448,15 +451,32 @@ def _step(n: TrainingLoop, end: StepSpot) -> str:
     return next((code for code in codes if n.fits(end.spot, code)), codes[-1])
 
 
-def _left_out(n: TrainingLoop, spot: Spot) -> Iterator[Note]:
+def _left_out(n: TrainingLoop, end: StepSpot) -> Found:
     """What a step line does not hold, and why."""
     for loss in n.losses:
-        if why := _why_not(n, loss, spot):
-            yield note(loss.call, f"the loss {loss.name} {why}; it is left out")
+        if why := _why_not(n, loss, end.spot):
+            earlier = _taken_before(n, loss, end) if loss is n.losses[-1] else []
+            yield from earlier
+            if not earlier:
+                yield note(loss.call, f"the loss {loss.name} {why}; it is left out")
     for name in _unseen_by_step(n).values():
-        if name not in n.script.bound(spot):
+        if name not in n.script.bound(end.spot):
             text = "may be unbound at the end of an iteration; not carried"
             yield note(n.inner, f"{name} {text}")
+
+
+def _taken_before(n: TrainingLoop, loss: Loss, end: StepSpot) -> list[Insertion]:
+    """`obs.log({"loss/train": loss})`, before an evaluation gives the name another value."""
+    line = n.script.line_of(end.spot) or 0
+    again = [b.stmt for x in loss.reads for b in _bound_again(n, x, n.last_site, line)]
+    for stmt in end.spot.block if again else []:
+        spot = n.script.home[stmt]
+        if stmt.lineno > n.last_site and any(n.script.inside(each, stmt) for each in again):
+            guard = f"if {end.test}: " if end.test else ""
+            code = f'{guard}{n.obs}.log({{"loss/train": {loss.code}}})'
+            is_there = not _why_not(n, loss, spot) and not loss.is_part and n.fits(spot, code)
+            return n.add(spot, "step", code) if is_there else []
+    return []
 
 
 def _unseen_by_step(n: TrainingLoop) -> dict[str, str]:
@@ -467,12 +487,12 @@ def _unseen_by_step(n: TrainingLoop) -> dict[str, str]:
 
 def _why_not(n: TrainingLoop, loss: Loss, spot: Spot) -> str:
     """Why a loss cannot be logged at a spot; '' if it can."""
-    if loss.name not in n.script.bound(spot) and root(loss.name) not in n.script.bound(spot):
+    if not {*map(root, loss.reads)} <= n.script.bound(spot):
         return "is not certainly bound where the step is logged"
-    again = _bound_again(n, loss.name, n.last_site, n.script.line_of(spot) or 0)
-    for binding in again:
-        if not any(dotted(part) == loss.name for part in walk(binding.value)):
-            return "is assigned again before the end of the iteration (an evaluation?)"
+    for name in loss.reads:
+        for binding in _bound_again(n, name, n.last_site, n.script.line_of(spot) or 0):
+            if not any(dotted(part) == name for part in walk(binding.value)):
+                return "is assigned again before the end of the iteration (an evaluation?)"
     return ""  # `loss = loss.item()` keeps it
 
 
@@ -873,7 +893,7 @@ def _within(n: TrainingLoop, helper: Function) -> list[Insertion | Note]:
     if losses and not any(map(n.holds, calls)):
         code = _scores(n, losses[-1:], "eval")
     elif losses or meters:
-        value = _as_printed(losses[-1], block) if losses else meters[0]
+        value = as_shown(losses[-1], block) if losses else meters[0]
         code = _validation(n, spot, value)
     else:
         code = _scores(n, sorted(scores)) if scores else ""
@@ -907,17 +927,6 @@ def _meters(script: Script, helper: Function, bound: Names) -> list[str]:
     return sorted(name for name in averages if root(name) in bound and LOSS_NAME.search(name))
 
 
-def _as_printed(name: str, stmts: Sequence[ast.stmt]) -> str:
-    """`total / len(loader)`, where a sum is divided only when it is shown."""
-    shown = [node for node in own_all(stmts) if called(node) in SHOWN]
-    for part in (part for node in shown for part in walk(node)):
-        count = divided_by(part)
-        is_name = dotted(count) or called(count) == "len"
-        if is_name and dotted(part.left) == name:  # type: ignore[attr-defined]
-            return ast.unparse(part)
-    return name
-
-
 def _written_out(n: TrainingLoop) -> list[Insertion | Note]:
     """Evaluation in the loop itself: behind the last `val_loss /= n`."""
     return [
@@ -946,7 +955,7 @@ def _after_last(n: TrainingLoop, name: str) -> list[Insertion | Note]:
     spot = script.behind([stmt, *inside][-1])
     if name not in script.bound(spot):
         return []
-    value = _as_printed(name, spot.block[spot.index :])
+    value = as_shown(name, spot.block[spot.index :])
     return _line(n, spot, _validation(n, spot, value), stmt)
 
 

@@ -43,7 +43,7 @@ GOLDEN = {
     "lbfgs": ("yes", "yes", "yes", "i"),
     "loss_scaler": ("yes", "none seen", "yes", "loss=loss, batch=samples"),
     "match_phase": ("yes", "none seen", "yes", "step, loss=loss, batch=x"),
-    "micro_steps": ("yes", "yes", "yes", "step, loss=loss * grad_accum_steps"),
+    "micro_steps": ("yes", "yes", "yes", "step, loss=train_loss"),
     "nameless_loss": ("yes", "none seen", "yes", "step"),
     "nested_main": ("yes", "yes", "yes", "step, loss=loss"),
     "optim_shadowed": ("yes", "none seen", "yes", "total_steps, loss=loss"),
@@ -64,6 +64,11 @@ GOLDEN = {
     "while_true": ("yes", "yes", "yes", "iter_num, loss=loss * gradient_accumulation_steps"),
     "wrapped_step": ("yes", "none seen", "yes", "step, loss=loss, batch=x"),
     "zero_based": ("yes", "yes", "yes", "step, loss=loss"),
+    "mean_shown_in_loop": ("yes", "yes", "yes", "loss=loss, batch=x"),
+    "several_generators": ("yes", "none seen", "yes", "loss=loss_G, loss_D_A=loss_D_A"),
+    "sum_of_named_losses": ("yes", "none seen", "no", "loss=value_loss * 0.5 + action_loss"),
+    "total_of_micro_steps": ("yes", "none seen", "no", "self.step, loss=total_loss"),
+    "two_divisors": ("yes", "yes", "yes", "step, loss=loss * micro_batches"),
     "wrapped_optimizer": ("yes", "yes", "no", "loss=loss, batch=src"),
 }
 
