@@ -123,11 +123,12 @@ AVERAGE_NAME = re.compile(
     r"(?:^|_)(?:ema|swa|avg_model|model_avg|averaged?|shadow)(?:_|\d|$)", re.I
 )
 LOSS_NAME = re.compile(
-    r"loss|nll|ppl|perplex|bpb|(?:^|_)(?:err\w?|cost|elbo|mse|ce|bce|objective)(?:_|\d|$)|^err[DG]",
-    re.I,
+    r"loss|nll|bpb|(?:^|_)(?:err\w?|cost|elbo|mse|ce|bce|objective)(?:_|\d|$)|^err[DG]", re.I
 )
 METRIC_NAME = re.compile(
-    r"acc|score|bleu|auc|^f1|map\b|_map|dice|iou|metric|reward|fid|prec|recall|top|psnr", re.I
+    r"acc|score|bleu|auc|(?:^|_)(?:f1|ap)(?:_|$)|map\b|_map|dice|iou|metric|reward|fid|prec|recall|"
+    r"top|psnr|ppl|perplex",
+    re.I,
 )
 
 
@@ -904,7 +905,8 @@ def losses_given(script: Script, call: ast.Call) -> list[str]:
         value = _returned(helper, index if len(names) > 1 else None) if helper else None
         is_many = value is None or isinstance(value, (ast.Tuple, ast.Dict, ast.DictComp))
         parts = [] if is_many else [last(dotted(part)) for part in walk(value or call)]
-        if any(map(LOSS_NAME.search, [last(name), *parts])):
+        is_score = METRIC_NAME.search(last(name))  # `perplexity`, of exp(loss)
+        if LOSS_NAME.search(last(name)) or (any(map(LOSS_NAME.search, parts)) and not is_score):
             found.append(name)
     return found
 
