@@ -415,6 +415,7 @@ def logged_in_helper(n: TrainingLoop) -> Found:
     """The step is in a helper that keeps the loss to itself: log it there."""
     if n.losses:
         return
+    found: dict[ast.AST, list[Insertion]] = {}
     for update in n.nest.updates:
         scope = n.script.scope_of(update.call)
         if isinstance(scope, ast.Module) or scope is n.scope:
@@ -424,17 +425,25 @@ def logged_in_helper(n: TrainingLoop) -> Found:
         given = [(call, propagated(call, n.roles)) for call in calls]
         for loss in (loss for call, expr in given if expr for loss in named(n, expr, call)):
             if not loss.is_part and {*map(root, loss.reads)} <= n.script.bound(spot):
-                yield from n.add(spot, "step", f'{n.obs}.log({{"loss/train": {loss.code}}})')
-                return
-    text = "the loss of this step has no name that can be logged; steps are logged without it"
-    yield note(n.nest.sites[0], text)
+                code = f'{n.obs}.log({{"loss/train": {loss.code}}})'
+                found.setdefault(scope, n.add(spot, "step", code))
+    if len(found) == 1:
+        yield from next(iter(found.values()))
+    else:
+        text = (
+            "several functions step, each by a loss of its own"
+            if found
+            else ("the loss of this step has no name that can be logged")
+        )
+        yield note(n.nest.sites[0], f"{text}; steps are logged without it")
 
 
 def _step(n: TrainingLoop, end: StepSpot) -> str:
     """The step line: its number and its loss, and of the rest what fits into the width."""
     bound = n.script.bound(end.spot)
     usable = [loss for loss in n.losses if not _why_not(n, loss, end.spot)]
-    whole = [loss for loss in usable if loss is n.losses[-1] and not loss.is_part]
+    whole = [loss for loss in usable if not loss.is_part][-1:]
+    whole = [x for x in whole if " " not in x.name or n.fits(end.spot, f"obs.step(loss={x.code})")]
     # Parts, other losses; of what has no name there is none.
     names = {key_of(x.name): _as_number(n, x) for x in usable if x not in whole and x.name in bound}
     taken = {"step", "loss", "batch", "batches", "tokens", "samples", "carry", "last"}
@@ -456,7 +465,8 @@ def _left_out(n: TrainingLoop, end: StepSpot) -> Found:
     """What a step line does not hold, and why."""
     for loss in n.losses:
         if why := _why_not(n, loss, end.spot):
-            earlier = _taken_before(n, loss, end) if loss is n.losses[-1] else []
+            others = [x for x in n.losses if not (x.is_part or _why_not(n, x, end.spot))]
+            earlier = [] if others or loss is not n.losses[-1] else _taken_before(n, loss, end)
             yield from earlier
             if not earlier:
                 yield note(loss.call, f"the loss {loss.name} {why}; it is left out")
@@ -527,10 +537,12 @@ def batch_names(n: TrainingLoop) -> list[str]:
     if isinstance(loop, FORS) and called(loop.iter) == "enumerate":
         names = names[1:]
     results: set[str] = set()
+    here = {*targets(loop), *written(loop.body)}
     for call in (node for node in own_all(loop.body) if isinstance(node, ast.Call)):
-        name = dotted(call.func)
-        if call in n.nest.sites or name in {*n.models, *n.roles.modules} or MODEL.search(name):
-            names += [dotted(each) for each in call.args if isinstance(each, ast.Name)]
+        each = {dotted(call.func), method_call(call)[0]} - {""}
+        if each & {*n.models, *n.roles.modules} or any(map(MODEL.search, each)):
+            given = [dotted(arg) for arg in call.args if isinstance(arg, ast.Name)]
+            names += [name for name in given if name in here]
             results |= {*targets(n.script.stmt_of(call))}
     # An evaluation may have named it again.
     kept = [name for name in names if not _bound_again(n, name, n.last_site)]
@@ -805,8 +817,8 @@ def _evaluates(n: TrainingLoop, call: ast.Call) -> bool:
     if name == "run":  # validate.run(...)
         name = last(method_call(call)[0])
     by_name = EVAL_NAME.search(name) and not NOT_EVAL_NAME.search(name)
-    switches = any(map(_switches, own_all(helper.body))) if helper and helper is not n.scope else 0
-    if not (by_name or switches) or not _is_seen(n, call) or _trains(n, call):
+    does = bool(helper and _worked_out(helper.body, VALUE_NAME) and _eval_mode(helper.body))
+    if not (by_name or does) or not _is_seen(n, call) or _trains(n, call):
         return False
     return not n.script.resolve(call.func).startswith(("torch.", "numpy."))
 
@@ -816,6 +828,10 @@ def _is_seen(n: TrainingLoop, node: ast.AST) -> bool:
     scope = n.script.scope_of(node)
     behind = scope is n.outer_scope and getattr(node, "lineno", 0) > n.outer.lineno
     return scope in {*map(n.script.scope_of, n.nest.loops)} and (n.holds(node) or behind)
+
+
+def _eval_mode(stmts: list[ast.stmt]) -> bool:
+    return any(map(_switches, own_all(stmts)))
 
 
 def _switches(node: ast.AST, to: str = "eval") -> bool:
@@ -842,19 +858,21 @@ def _regions(n: TrainingLoop) -> Iterator[list[ast.stmt]]:
     """The statements behind a `model.eval()`, up to a `model.train()` or the training itself; and
     those under `torch.no_grad()` that show a value by its name."""
     for node in filter(lambda node: _is_seen(n, node), n.script.nodes):
+        stmts: list[ast.stmt] = []
         if _switches(node):
             spot = n.script.home[n.script.stmt_of(node)]
             stmts = spot.block[spot.index :]
         elif isinstance(node, WITHS) and "no_grad" in map(called, own(node.items[0])):
-            words = [str(vars(x).get("value", "")) for x in shown(own_all(node.body))]
-            words += loads(shown(own_all(node.body)))
-            stmts = node.body if any(map(VALUE_NAME.search, words)) else []
-        else:
-            continue
+            stmts = node.body
         ends = (*n.nest.sites, *n.nest.loops)
         stops = [any(_switches(x, "train") or x in ends for x in own(stmt)) for stmt in stmts]
         stmts = stmts[: [*stops, True].index(True)]
-        if not all(isinstance(stmt, ast.Expr) and _switches(stmt.value) for stmt in stmts):
+        parts = list(shown(own_all(stmts)))
+        words = [*loads(parts), *(str(vars(part).get("value", "")) for part in parts)]
+        nodes = list(own_all(stmts))
+        works = any(isinstance(x, (*LOOPS, *WITHS)) for x in nodes)
+        held_out = any(map(HELD_OUT_WORD.search, loads(nodes)))
+        if (_eval_mode(stmts) and (works or held_out)) or any(map(VALUE_NAME.search, words)):
             yield stmts
 
 
@@ -870,7 +888,8 @@ def _worked_out_under(n: TrainingLoop, stmts: list[ast.stmt]) -> list[Insertion 
     scores = [name for name in _worked_out(stmts, METRIC_NAME, (ast.BinOp,)) if name in known]
     value = as_shown(losses[-1], stmts) if losses else ""
     if not _is_open(n, stmts[0]) or not (value or scores):
-        return [_missed(stmts[0], "an evaluation without a value that is a loss by name")]
+        text = "what is worked out here in eval mode or without gradients has no name of a loss"
+        return [_missed(stmts[0], text)]
     if not n.holds(stmts[0]):
         return _line(n, spot, _scores(n, spot, losses[-1:] or scores, "eval"), stmts[0])
     code = _validation(n, spot, value) if value else _scores(n, spot, scores)
@@ -1022,9 +1041,8 @@ def _is_held_out_score(n: TrainingLoop, name: str) -> bool:
     if LOSS_NAME.search(name) or not METRIC_NAME.search(name) or not made:
         return False
     words = loads(walk(made[-1].value)).union([name])
-    number = isinstance(made[-1].value, ast.BinOp) or any(map(HELD_OUT_WORD.search, [name]))
     seen = name in loads(shown(own_all(n.scope.body)))
-    return seen and number and any(map(HELD_OUT_WORD.search, words))
+    return seen and isinstance(made[-1].value, ast.BinOp) and any(map(HELD_OUT_WORD.search, words))
 
 
 def _after_last(n: TrainingLoop, name: str) -> list[Insertion | Note]:

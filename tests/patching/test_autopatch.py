@@ -285,7 +285,6 @@ def test_any_use_of_the_name_obs_counts(line):
             [
                 'obs.log({"train/train_acc": train_acc, "val/val_acc": val_acc})',
                 'obs.log({"val/tmp_test_acc": tmp_test_acc})',
-                'obs.log({"val/val_f1": val_f1})',
             ],
         ),
     ],
