@@ -63,11 +63,12 @@ from loop import (
     StepSpot,
     TrainingLoop,
     Update,
-    divided_by,
+    as_shown,
     find_nests,
     find_updates,
     key_of,
     losses_given,
+    named,
     names_given,
     needed_by,
     note,
@@ -78,6 +79,7 @@ from loop import (
     propagated_in,
     range_size,
     refusal,
+    shown,
 )
 from script import (
     EXITS,
@@ -100,7 +102,6 @@ from script import (
     loads,
     makers,
     method_call,
-    names_in,
     own,
     own_all,
     own_set,
@@ -379,6 +380,7 @@ def finished(n: TrainingLoop) -> Iterator[Insertion]:
 
 
 # --- Rules: each step is recorded ------------------------------------------------------------
+MODEL = re.compile(r"(?:model|net\w?|module|^[GD])$")
 NOT_BATCH = re.compile(
     r"\.|loss|^(?:[ijk_]|it|idx|step|epoch|logits)$|^(?:out|pred|hid|batch_i|iter)"
 )
@@ -390,7 +392,7 @@ def stepped(n: TrainingLoop) -> Found:
     for end in n.ends:
         if isinstance(end, StepSpot):
             found += n.add(end.spot, "step", _step(n, end), "likely" if end.test else "sure")
-            yield from _left_out(n, end.spot)
+            yield from _left_out(n, end)
         elif not end.part:
             yield end
     yield from found
@@ -413,30 +415,41 @@ def logged_in_helper(n: TrainingLoop) -> Found:
     """The step is in a helper that keeps the loss to itself: log it there."""
     if n.losses:
         return
+    found: dict[ast.AST, list[Insertion]] = {}
     for update in n.nest.updates:
         scope = n.script.scope_of(update.call)
         if isinstance(scope, ast.Module) or scope is n.scope:
             continue
         spot = Spot(scope.body, len(scope.body) - isinstance(scope.body[-1], ast.Return))
         calls = [call for call in n.script.calls if n.script.scope_of(call) is scope]
-        names = [dotted(propagated(call, n.roles)) for call in calls]
-        for name in names:
-            if name and "." not in name and name in n.script.bound(spot):
-                yield from n.add(spot, "step", f'{n.obs}.log({{"loss/train": {name}}})')
-                return
-    text = "the loss of this step has no name that can be logged; steps are logged without it"
-    yield note(n.nest.sites[0], text)
+        given = [(call, propagated(call, n.roles)) for call in calls]
+        for loss in (loss for call, expr in given if expr for loss in named(n, expr, call)):
+            if not loss.is_part and {*map(root, loss.reads)} <= n.script.bound(spot):
+                code = f'{n.obs}.log({{"loss/train": {loss.code}}})'
+                found.setdefault(scope, n.add(spot, "step", code))
+    if len(found) == 1:
+        yield from next(iter(found.values()))
+    else:
+        text = (
+            "several functions step, each by a loss of its own"
+            if found
+            else ("the loss of this step has no name that can be logged")
+        )
+        yield note(n.nest.sites[0], f"{text}; steps are logged without it")
 
 
 def _step(n: TrainingLoop, end: StepSpot) -> str:
     """The step line: its number and its loss, and of the rest what fits into the width."""
     bound = n.script.bound(end.spot)
     usable = [loss for loss in n.losses if not _why_not(n, loss, end.spot)]
-    named = {key_of(loss.name): _as_number(n, loss) for loss in usable[:-1]}
+    whole = [loss for loss in usable if not loss.is_part][-1:]
+    whole = [x for x in whole if " " not in x.name or n.fits(end.spot, f"obs.step(loss={x.code})")]
+    # Parts, other losses; of what has no name there is none.
+    names = {key_of(x.name): _as_number(n, x) for x in usable if x not in whole and x.name in bound}
     taken = {"step", "loss", "batch", "batches", "tokens", "samples", "carry", "last"}
-    others = [f"{key}={code}" for key, code in named.items() if key not in taken]
+    others = [f"{key}={code}" for key, code in names.items() if key not in taken]
     needed = [*filter(None, [n.counter(bound)])]
-    needed += [f"loss={_as_number(n, loss)}" for loss in usable[-1:]]
+    needed += [f"loss={_as_number(n, loss)}" for loss in whole]
     kept = [f'"{key}": {name}' for key, name in _unseen_by_step(n).items() if name in bound]
     ends = [f"carry={{{', '.join(kept)}}}"] * bool(kept)
     ends += [f"last={end.last}"] * bool(end.last and resumes(n))
@@ -448,15 +461,33 @@ def _step(n: TrainingLoop, end: StepSpot) -> str:
     return next((code for code in codes if n.fits(end.spot, code)), codes[-1])
 
 
-def _left_out(n: TrainingLoop, spot: Spot) -> Iterator[Note]:
+def _left_out(n: TrainingLoop, end: StepSpot) -> Found:
     """What a step line does not hold, and why."""
     for loss in n.losses:
-        if why := _why_not(n, loss, spot):
-            yield note(loss.call, f"the loss {loss.name} {why}; it is left out")
+        if why := _why_not(n, loss, end.spot):
+            others = [x for x in n.losses if not (x.is_part or _why_not(n, x, end.spot))]
+            earlier = [] if others or loss is not n.losses[-1] else _taken_before(n, loss, end)
+            yield from earlier
+            if not earlier:
+                yield note(loss.call, f"the loss {loss.name} {why}; it is left out")
     for name in _unseen_by_step(n).values():
-        if name not in n.script.bound(spot):
+        if name not in n.script.bound(end.spot):
             text = "may be unbound at the end of an iteration; not carried"
             yield note(n.inner, f"{name} {text}")
+
+
+def _taken_before(n: TrainingLoop, loss: Loss, end: StepSpot) -> list[Insertion]:
+    """`obs.log({"loss/train": loss})`, before an evaluation gives the name another value."""
+    line = n.script.line_of(end.spot) or 0
+    again = [b.stmt for x in loss.reads for b in _bound_again(n, x, n.last_site, line)]
+    for stmt in end.spot.block if again else []:
+        spot = n.script.home[stmt]
+        if stmt.lineno > n.last_site and any(n.script.inside(each, stmt) for each in again):
+            guard = f"if {end.test}: " if end.test else ""
+            code = f'{guard}{n.obs}.log({{"loss/train": {loss.code}}})'
+            is_there = not _why_not(n, loss, spot) and not loss.is_part and n.fits(spot, code)
+            return n.add(spot, "step", code) if is_there else []
+    return []
 
 
 def _unseen_by_step(n: TrainingLoop) -> dict[str, str]:
@@ -467,12 +498,12 @@ def _unseen_by_step(n: TrainingLoop) -> dict[str, str]:
 
 def _why_not(n: TrainingLoop, loss: Loss, spot: Spot) -> str:
     """Why a loss cannot be logged at a spot; '' if it can."""
-    if loss.name not in n.script.bound(spot) and root(loss.name) not in n.script.bound(spot):
+    if not {*map(root, loss.reads)} <= n.script.bound(spot):
         return "is not certainly bound where the step is logged"
-    again = _bound_again(n, loss.name, n.last_site, n.script.line_of(spot) or 0)
-    for binding in again:
-        if not any(dotted(part) == loss.name for part in walk(binding.value)):
-            return "is assigned again before the end of the iteration (an evaluation?)"
+    for name in loss.reads:
+        for binding in _bound_again(n, name, n.last_site, n.script.line_of(spot) or 0):
+            if not any(dotted(part) == name for part in walk(binding.value)):
+                return "is assigned again before the end of the iteration (an evaluation?)"
     return ""  # `loss = loss.item()` keeps it
 
 
@@ -491,7 +522,7 @@ def _batch(n: TrainingLoop, bound: Names) -> list[str]:
     """What the iteration trained on, whose shape the run reads; not where it saw only a part."""
     if (n.conditions or n.gate) and not resumes(n):  # no skip line counts the batches
         return []
-    names = [name for name in batch_names(n.inner) if name in bound]
+    names = [name for name in batch_names(n) if name in bound]
     # An inner `for _ in range(k)` back-propagates so often a step.
     loops = [n.script.loops_around(call) for call, _ in propagated_in(n)]
     within = [loop for around in loops for loop in around[: around.index(n.inner)]]
@@ -499,18 +530,23 @@ def _batch(n: TrainingLoop, bound: Names) -> list[str]:
     return [f"batch={names[0]}", *(f"batches={size}" for size in counts[:1])] if names else []
 
 
-def batch_names(loop: Loop) -> list[str]:
-    """What the loop gives, and what its body takes out of a tuple."""
+def batch_names(n: TrainingLoop) -> list[str]:
+    """What the loop gives, and what it gives to a model; not what a model gave."""
+    loop = n.inner
     names = [] if isinstance(loop, ast.While) or is_range(loop.iter) else targets(loop)
     if isinstance(loop, FORS) and called(loop.iter) == "enumerate":
         names = names[1:]
-    for node in own_all(loop.body):
-        if not isinstance(node, ast.Assign) or called(node.value) in {"step", "reset"}:
-            continue  # of an environment
-        if isinstance(node.value, (ast.Call, ast.Tuple)):
-            tuples = [target for target in node.targets if isinstance(target, ast.Tuple)]
-            names += [name for target in tuples for name in names_in(target)]
-    return [name for name in names if not NOT_BATCH.search(name)]
+    results: set[str] = set()
+    here = {*targets(loop), *written(loop.body)}
+    for call in (node for node in own_all(loop.body) if isinstance(node, ast.Call)):
+        each = {dotted(call.func), method_call(call)[0]} - {""}
+        if each & {*n.models, *n.roles.modules} or any(map(MODEL.search, each)):
+            given = [dotted(arg) for arg in call.args if isinstance(arg, ast.Name)]
+            names += [name for name in given if name in here]
+            results |= {*targets(n.script.stmt_of(call))}
+    # An evaluation may have named it again.
+    kept = [name for name in names if not _bound_again(n, name, n.last_site)]
+    return [name for name in kept if name not in results and not NOT_BATCH.search(name)]
 
 
 # --- Rules: a resume gives back and passes over ----------------------------------------------
@@ -749,6 +785,7 @@ NOT_EVAL_NAME = re.compile(
     r"load|data|transform|set$|iter|split|token|batch|dir$|path|freq|(?-i:^[A-Z])", re.I
 )
 HELD_OUT = re.compile(r"val|test|eval|dev|held", re.I)
+HELD_OUT_WORD = re.compile(r"(?:^|_|\.)(?:val|valid\w*|test|eval|dev)(?:_|\d|\.|$)", re.I)
 HELD_OUT_LOSS = re.compile(
     r"(?:^|_)(?:val?|vl|valid|validation|te|test|eval|dev|heldout)(?:_\w+)?_?loss"
     r"(?:_(?:accum|avg|mean|total|sum|epoch))?$|loss_?(?:val|test|valid|validation|eval|dev)$",
@@ -756,27 +793,107 @@ HELD_OUT_LOSS = re.compile(
 )
 OF_TRAINING = re.compile(r"(?:^|_)(?:tr|trn|train|training)(?:_|loader|set|dl|\d|$)", re.I)
 NOT_A_VALUE = re.compile(r"best|min|prev|last|patience|list|history", re.I)
-SHOWN = {"print", "info", "log", "write", "format", "debug", "set_description", "set_postfix"}
+VALUE_NAME = re.compile(f"{LOSS_NAME.pattern}|{METRIC_NAME.pattern}", re.I)
 
 
 def evaluated(n: TrainingLoop) -> Found:
     """`obs.validation(val_loss)` behind `val_loss = evaluate(model)`, in `def validate()` where
     it keeps its loss to itself, and behind an evaluation that is written out in the loop."""
-    for call in n.script.calls:
-        if _evaluates(n, call):
-            yield from _recorded(n, call)
-    yield from _written_out(n) or _phases(n)
+    calls = [call for call in n.script.calls if _evaluates(n, call)]
+    found = [each for call in calls for each in _recorded(n, call)]
+    found += _written_out(n) or _phases(n)
+    yield from found
+    known = {each.line for each in found}.union(call.lineno for call in calls)
+    for stmts in _regions(n):  # all that is left
+        lines = range(stmts[0].lineno, (stmts[-1].end_lineno or 0) + 2)
+        if known.isdisjoint(lines):
+            known |= {*lines}
+            yield from _worked_out_under(n, stmts)
 
 
 def _evaluates(n: TrainingLoop, call: ast.Call) -> bool:
-    """Named like an evaluation, and called from the loops or behind them."""
-    name, scope = called(call), n.script.scope_of(call)
-    scopes = {n.script.scope_of(loop) for loop in n.nest.loops}
-    if not EVAL_NAME.search(name) or NOT_EVAL_NAME.search(name) or scope not in scopes:
+    """Named like an evaluation or one by what it does, and called from the loops or behind them."""
+    name, helper = called(call), n.script.definition(call)
+    if name == "run":  # validate.run(...)
+        name = last(method_call(call)[0])
+    by_name = EVAL_NAME.search(name) and not NOT_EVAL_NAME.search(name)
+    does = bool(helper and _worked_out(helper.body, VALUE_NAME) and _eval_mode(helper.body))
+    if not (by_name or does) or not _is_seen(n, call) or _trains(n, call):
         return False
-    if n.script.resolve(call.func).startswith(("torch.", "numpy.")):
-        return False
-    return n.holds(call) or (scope is n.outer_scope and call.lineno > n.outer.lineno)
+    return not n.script.resolve(call.func).startswith(("torch.", "numpy."))
+
+
+def _is_seen(n: TrainingLoop, node: ast.AST) -> bool:
+    """In the loops or behind them."""
+    scope = n.script.scope_of(node)
+    behind = scope is n.outer_scope and getattr(node, "lineno", 0) > n.outer.lineno
+    return scope in {*map(n.script.scope_of, n.nest.loops)} and (n.holds(node) or behind)
+
+
+def _eval_mode(stmts: list[ast.stmt]) -> bool:
+    return any(map(_switches, own_all(stmts)))
+
+
+def _switches(node: ast.AST, to: str = "eval") -> bool:
+    """`model.eval()`"""
+    return method_call(node)[1] == to and not arguments(node)  # type: ignore[arg-type]
+
+
+def _trains(n: TrainingLoop, call: ast.Call) -> bool:
+    """`values, entropy = policy.evaluate_actions(states)`: what is back-propagated comes of it."""
+    names, inner = {*names_given(n.script, call)}, own_set(n.inner)
+    if call in n.nest.sites or any(n.script.definition(call) is f for f in _stepping(n)):
+        return True
+    made = [b for x in n.losses for name in x.reads for b in n.script.bindings.get(name, [])]
+    read = loads(part for b in made if b.stmt in inner for part in walk(b.value))
+    direct = {name for x in n.losses for name in x.reads}
+    return call.lineno < n.last_site and call in inner and bool(names & (read | direct))
+
+
+def _stepping(n: TrainingLoop) -> list[ast.AST]:
+    return [n.script.scope_of(update.call) for update in n.nest.updates]
+
+
+def _regions(n: TrainingLoop) -> Iterator[list[ast.stmt]]:
+    """The statements behind a `model.eval()`, up to a `model.train()` or the training itself; and
+    those under `torch.no_grad()` that show a value by its name."""
+    for node in filter(lambda node: _is_seen(n, node), n.script.nodes):
+        stmts: list[ast.stmt] = []
+        if _switches(node):
+            spot = n.script.home[n.script.stmt_of(node)]
+            stmts = spot.block[spot.index :]
+        elif isinstance(node, WITHS) and "no_grad" in map(called, own(node.items[0])):
+            stmts = node.body
+        ends = (*n.nest.sites, *n.nest.loops)
+        stops = [any(_switches(x, "train") or x in ends for x in own(stmt)) for stmt in stmts]
+        stmts = stmts[: [*stops, True].index(True)]
+        parts = list(shown(own_all(stmts)))
+        words = [*loads(parts), *(str(vars(part).get("value", "")) for part in parts)]
+        nodes = list(own_all(stmts))
+        works = any(isinstance(x, (*LOOPS, *WITHS)) for x in nodes)
+        held_out = any(map(HELD_OUT_WORD.search, loads(nodes)))
+        if (_eval_mode(stmts) and (works or held_out)) or any(map(VALUE_NAME.search, words)):
+            yield stmts
+
+
+def _worked_out_under(n: TrainingLoop, stmts: list[ast.stmt]) -> list[Insertion | Note]:
+    """Record the loss or the score that is worked out and shown there."""
+    spot = n.script.behind(stmts[-1])
+    known = n.script.bound(spot) & loads(shown(own_all(stmts)))
+    depth = len(n.script.loops_around(stmts[0]))
+    for stmt in own_all(stmts):  # of one batch
+        if isinstance(stmt, ast.Assign) and len(n.script.loops_around(stmt)) > depth:
+            known -= {*targets(stmt)}
+    losses = [name for name in _worked_out(stmts, LOSS_NAME) if name in known]
+    scores = [name for name in _worked_out(stmts, METRIC_NAME, (ast.BinOp,)) if name in known]
+    value = as_shown(losses[-1], stmts) if losses else ""
+    if not _is_open(n, stmts[0]) or not (value or scores):
+        text = "what is worked out here in eval mode or without gradients has no name of a loss"
+        return [_missed(stmts[0], text)]
+    if not n.holds(stmts[0]):
+        return _line(n, spot, _scores(n, spot, losses[-1:] or scores, "eval"), stmts[0])
+    code = _validation(n, spot, value) if value else _scores(n, spot, scores)
+    return _line(n, spot, code, stmts[0])
 
 
 def _recorded(n: TrainingLoop, call: ast.Call) -> list[Insertion | Note]:
@@ -786,14 +903,15 @@ def _recorded(n: TrainingLoop, call: ast.Call) -> list[Insertion | Note]:
     behind = script.behind(stmt)
     if not _is_open(n, call):
         return [_missed(call, "this evaluation comes after the end of the run")]
-    if names and (_is_of_other_data(call, names) or not n.holds(call)):
-        return _line(n, behind, _scores(n, names, "eval"), call)
-    if value := _entry(script, names, stmt) or _the_loss(script, call, names):
+    values = [name for name in names if VALUE_NAME.search(last(name)) and "." not in name]
+    if values and (_is_of_other_data(call, names) or not n.holds(call)):
+        return _line(n, behind, _scores(n, behind, values, "eval"), call)
+    if value := _entry(script, names, stmt) or next(iter(losses_given(script, call)), ""):
         return _line(n, behind, _validation(n, behind, value), call)
     if helper and (inside := _within(n, helper)):
         return inside
-    if scores := [name for name in names if METRIC_NAME.search(name) and "." not in name]:
-        return _line(n, behind, _scores(n, scores[:1]), call)
+    if values:
+        return _line(n, behind, _scores(n, behind, values), call)
     return [_missed(call, "an evaluation without a value that is a loss by name")]
 
 
@@ -801,12 +919,12 @@ def _missed(where: ast.AST, why: str) -> Note:
     return note(where, f"{why}; not recorded", "validation")
 
 
-def _is_open(n: TrainingLoop, call: ast.Call) -> bool:
+def _is_open(n: TrainingLoop, node: ast.AST) -> bool:
     """In the block that `finish` ends, or in one within it."""
     outer = n.script.parent[n.outer]
     while isinstance(outer, (*WITHS, *LOOPS, ast.Try)):
         outer = n.script.parent[outer]
-    return n.script.inside(call, outer)
+    return n.script.inside(node, outer)
 
 
 def _is_of_other_data(call: ast.Call, names: list[str]) -> bool:
@@ -816,13 +934,6 @@ def _is_of_other_data(call: ast.Call, names: list[str]) -> bool:
     held_out = any(map(HELD_OUT.search, words))
     of_training = any(map(OF_TRAINING.search, words)) and not held_out
     return of_training or any(map(AVERAGE_NAME.search, words))
-
-
-def _the_loss(script: Script, call: ast.Call, names: list[str]) -> str:
-    """The one of the names that is a loss, or the only one of several that is no score."""
-    rest = [name for name in names if not METRIC_NAME.search(last(name))]
-    alone = rest if len(rest) == 1 < len(names) and "." not in rest[0] else []
-    return [*losses_given(script, call), *alone, ""][0]
 
 
 def _entry(script: Script, names: list[str], stmt: ast.stmt) -> str:
@@ -837,20 +948,22 @@ def _entry(script: Script, names: list[str], stmt: ast.stmt) -> str:
     return ""
 
 
-def _validation(n: TrainingLoop, spot: Spot, value: str) -> str:
-    """Within an iteration dated as the script itself numbers it."""
-    in_iteration = n.inner in n.script.loops_around(spot.block[0])
-    step = n.counter(n.script.bound(spot)) if in_iteration else ""
-    return f"{n.obs}.validation({value}{f', step={step}' if step else ''})"
+def _validation(n: TrainingLoop, spot: Spot, value: str) -> list[str]:
+    """Before the step of its iteration dated as the script itself numbers it."""
+    loops, line = n.script.loops_around(spot.block[0]), n.script.line_of(spot) or 0
+    before = n.inner in loops and line <= n.last_site
+    step = n.counter(n.script.bound(spot)) if before else ""
+    return [f"{n.obs}.validation({value}{f', step={step}' if step else ''})"]
 
 
-def _scores(n: TrainingLoop, names: Sequence[str], group: str = "val") -> str:
-    pairs = ", ".join(f'"{group}/{key_of(name)}": {name}' for name in names)
-    return f"{n.obs}.log({{{pairs}}})"
+def _scores(n: TrainingLoop, spot: Spot, names: Sequence[str], group: str = "val") -> list[str]:
+    groups = ["train" if group == "val" and OF_TRAINING.search(x) else group for x in names]
+    pairs = [f'"{g}/{key_of(x)}": {x}' for g, x in zip(groups, names, strict=True)]
+    return n.in_columns(spot, pairs, lambda some: f"{n.obs}.log({{{', '.join(some)}}})")
 
 
-def _line(n: TrainingLoop, spot: Spot, code: str, where: ast.AST) -> list[Insertion | Note]:
-    found = n.add(spot, "validation", code, "likely")
+def _line(n: TrainingLoop, spot: Spot, codes: list[str], where: ast.AST) -> list[Insertion | Note]:
+    found = [line for code in codes for line in n.add(spot, "validation", code, "likely")]
     return [*found] or [_missed(where, "no room for a line after this evaluation")]
 
 
@@ -864,29 +977,32 @@ def _within(n: TrainingLoop, helper: Function) -> list[Insertion | Note]:
         block = block[-1].body
     spot = Spot(block, len(block) - isinstance(block[-1], ast.Return))
     bound = n.script.bound(spot)
-    losses = [name for name in _worked_out(helper, LOSS_NAME) if name in bound]
+    losses = [name for name in _worked_out(block, LOSS_NAME) if name in bound]
     losses.sort(key=lambda name: bool(HELD_OUT.search(name)))
     meters = _meters(n.script, helper, bound)
     scores = [
-        name for name in _worked_out(helper, METRIC_NAME, (ast.BinOp, ast.Name)) if name in bound
+        name for name in _worked_out(block, METRIC_NAME, (ast.BinOp, ast.Name)) if name in bound
     ]
     if losses and not any(map(n.holds, calls)):
-        code = _scores(n, losses[-1:], "eval")
+        code = _scores(n, spot, losses[-1:], "eval")
     elif losses or meters:
-        value = _as_printed(losses[-1], block) if losses else meters[0]
-        code = _validation(n, spot, value)
+        value = as_shown(losses[-1], block) if losses else meters[0]
+        code = _validation(n, spot, value) if value else []
     else:
-        code = _scores(n, sorted(scores)) if scores else ""
+        code = _scores(n, spot, sorted(scores))
+    if losses and not code:
+        text = f"{losses[-1]} is shown divided by what is not certainly bound behind its loop"
+        return [_missed(helper, text)]
     return _line(n, spot, code, helper) if code else []
 
 
 def _worked_out(
-    helper: Function, pattern: re.Pattern[str], kinds: tuple[type, ...] = (ast.expr,)
+    stmts: list[ast.stmt], pattern: re.Pattern[str], kinds: tuple[type, ...] = (ast.expr,)
 ) -> list[str]:
-    """Names of plain numbers that a function works out itself, the last written last."""
+    """Names of plain numbers that statements work out themselves, the last written last."""
     found: dict[str, None] = {}
     containers = (ast.List, ast.Dict, ast.ListComp, ast.Lambda)
-    for node in own_all(helper.body):
+    for node in own_all(stmts):
         value = getattr(node, "value", None)
         made = isinstance(value, containers) or called(value)[:1].isupper()
         plain = assigned(node) and isinstance(value, kinds) and not made
@@ -907,25 +1023,26 @@ def _meters(script: Script, helper: Function, bound: Names) -> list[str]:
     return sorted(name for name in averages if root(name) in bound and LOSS_NAME.search(name))
 
 
-def _as_printed(name: str, stmts: Sequence[ast.stmt]) -> str:
-    """`total / len(loader)`, where a sum is divided only when it is shown."""
-    shown = [node for node in own_all(stmts) if called(node) in SHOWN]
-    for part in (part for node in shown for part in walk(node)):
-        count = divided_by(part)
-        is_name = dotted(count) or called(count) == "len"
-        if is_name and dotted(part.left) == name:  # type: ignore[attr-defined]
-            return ast.unparse(part)
-    return name
-
-
 def _written_out(n: TrainingLoop) -> list[Insertion | Note]:
-    """Evaluation in the loop itself: behind the last `val_loss /= n`."""
+    """Evaluation in the loop itself: behind the last `val_loss /= n`, `acc = (p == test_y).mean()`
+    that is shown."""
+    names = [x for x in n.script.bindings if "." not in x and not NOT_A_VALUE.search(x)]
     return [
         found
-        for name in n.script.bindings
-        if HELD_OUT_LOSS.search(name) and "." not in name and not NOT_A_VALUE.search(name)
+        for name in names
+        if HELD_OUT_LOSS.search(name) or _is_held_out_score(n, name)
         for found in _after_last(n, name)
     ]
+
+
+def _is_held_out_score(n: TrainingLoop, name: str) -> bool:
+    """A number that is a score by its name, of held-out data by the words of what it is made of."""
+    made = [b for b in n.script.bindings[name] if b.stmt in own_set(n.outer)]
+    if LOSS_NAME.search(name) or not METRIC_NAME.search(name) or not made:
+        return False
+    words = loads(walk(made[-1].value)).union([name])
+    seen = name in loads(shown(own_all(n.scope.body)))
+    return seen and isinstance(made[-1].value, ast.BinOp) and any(map(HELD_OUT_WORD.search, words))
 
 
 def _after_last(n: TrainingLoop, name: str) -> list[Insertion | Note]:
@@ -938,7 +1055,7 @@ def _after_last(n: TrainingLoop, name: str) -> list[Insertion | Note]:
         if (b.scope in scopes and n.holds(b.stmt))
         or (b.scope in helpers and not script.loops_around(b.stmt))
     ]
-    if not mine or any(EVAL_NAME.search(called(call)) for call in makers(mine[-1].value)):
+    if not mine or any(EVAL_NAME.search(called(c)) for b in mine for c in makers(b.value)):
         return []
     stmt: ast.stmt = max((b.stmt for b in mine), key=lambda s: s.lineno)
     loops = script.loops_around(stmt)
@@ -946,7 +1063,9 @@ def _after_last(n: TrainingLoop, name: str) -> list[Insertion | Note]:
     spot = script.behind([stmt, *inside][-1])
     if name not in script.bound(spot):
         return []
-    value = _as_printed(name, spot.block[spot.index :])
+    if not HELD_OUT_LOSS.search(name):
+        return _line(n, spot, _scores(n, spot, [name]), stmt)
+    value = as_shown(name, spot.block[spot.index :])
     return _line(n, spot, _validation(n, spot, value), stmt)
 
 
@@ -966,7 +1085,7 @@ def _phases(n: TrainingLoop) -> list[Insertion | Note]:
         if isinstance(phase, ast.Name) and words and found:
             index, name = found[-1]
             code = f"if {phase.id} == {words[0]}: {n.obs}.validation({name})"
-            return _line(n, Spot(loop.body, index + 1), code, loop)
+            return _line(n, Spot(loop.body, index + 1), [code], loop)
     return []
 
 

@@ -16,7 +16,7 @@ import ast
 import itertools
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import NamedTuple
@@ -123,11 +123,12 @@ AVERAGE_NAME = re.compile(
     r"(?:^|_)(?:ema|swa|avg_model|model_avg|averaged?|shadow)(?:_|\d|$)", re.I
 )
 LOSS_NAME = re.compile(
-    r"loss|nll|ppl|perplex|bpb|(?:^|_)(?:err\w?|cost|elbo|mse|ce|bce|objective)(?:_|\d|$)|^err[DG]",
-    re.I,
+    r"loss|nll|bpb|(?:^|_)(?:err\w?|cost|elbo|mse|ce|bce|objective)(?:_|\d|$)|^err[DG]", re.I
 )
 METRIC_NAME = re.compile(
-    r"acc|score|bleu|auc|^f1|map\b|_map|dice|iou|metric|reward|fid|prec|recall|top|psnr", re.I
+    r"acc|score|bleu|auc|(?:^|_)(?:f1|ap)(?:_|$)|map\b|_map|dice|iou|metric|reward|fid|prec|recall|"
+    r"top|psnr|ppl|perplex",
+    re.I,
 )
 
 
@@ -481,10 +482,12 @@ class TrainingLoop:
     # -- what is worked out of the parts below
     @cached_property
     def losses(self) -> list[Loss]:
+        """The one that the script shows comes last, a part of a sum first."""
         found: dict[str, Loss] = {}
         for loss in losses_of(self):
             found.setdefault(loss.name, loss)
-        return list(found.values())
+        seen = loads(shown(own_all(self.scope.body)))
+        return sorted(found.values(), key=lambda loss: (not loss.is_part, loss.name in seen))
 
     @cached_property
     def conditions(self) -> list[tuple[ast.If, bool]]:
@@ -721,9 +724,14 @@ def _is_pure(test: ast.expr, changing: Sequence[ast.stmt]) -> bool:
 class Loss(NamedTuple):
     """What is back-propagated: its name, the code that gives the value to log, and where."""
 
-    name: str
+    name: str  # of a sum without a name, the sum
     code: str
     call: ast.Call
+    is_part: bool = False  # of a sum: never the loss
+
+    @property
+    def reads(self) -> Names:
+        return loads(walk(ast.parse(self.code, mode="eval")))
 
 
 ENGINE_NAME = re.compile(
@@ -735,7 +743,7 @@ ACCUMULATED = re.compile(r"accum|micro|grad")
 def losses_of(n: TrainingLoop) -> Iterator[Loss]:
     """What the loop back-propagates, or is given by the helper that steps."""
     for call, expr in propagated_in(n):
-        yield from _named(n, expr, call)
+        yield from named(n, expr, call)
     for site in n.nest.sites:
         if isinstance(site, ast.Call):  # loss = train_step(batch)
             yield from (Loss(name, name, site) for name in losses_given(n.script, site))
@@ -771,33 +779,99 @@ def propagated(call: ast.Call, roles: Roles) -> ast.expr | None:
     return first if handed and SCALER_NAME.search(called(call)) else None
 
 
-def _named(n: TrainingLoop, expr: ast.expr, call: ast.Call) -> Iterator[Loss]:
+def named(n: TrainingLoop, expr: ast.expr, call: ast.Call) -> Iterator[Loss]:
     """The names inside a back-propagated expression: `a + b`, `loss / k`, `loss.mean()`."""
     receiver, method = method_call(expr)
     if isinstance(expr, (ast.Name, ast.Attribute)) and dotted(expr):
-        yield Loss(dotted(expr), _unscaled(n, dotted(expr), call), call)
+        yield _of_name(n, dotted(expr), call)
+    elif isinstance(expr, ast.BinOp) and isinstance(expr.op, (ast.Add, ast.Sub)):
+        for side in (expr.left, expr.right):
+            yield from (part._replace(is_part=True) for part in named(n, side, call))
+        if not any(isinstance(part, ast.Call) for part in walk(expr)):
+            yield Loss(ast.unparse(expr), ast.unparse(expr), call)
     elif isinstance(expr, ast.BinOp):
         sides = [expr.left, expr.right]
-        if not isinstance(expr.op, (ast.Add, ast.Sub)):
-            sides = sorted(sides, key=lambda side: not LOSS_NAME.search(last(dotted(side))))[:1]
-        for side in sides:
-            yield from _named(n, side, call)
+        is_loss = [any(map(LOSS_NAME.search, loads(walk(side)))) for side in sides]
+        yield from named(n, sides[is_loss == [False, True]], call)
     elif method in {"mean", "sum"} and LOSS_NAME.search(last(receiver)):
         yield Loss(receiver, f"{receiver}.{method}()", call)
     elif method == "scale" and isinstance(expr, ast.Call) and expr.args:
-        yield from _named(n, expr.args[0], call)
+        yield from named(n, expr.args[0], call)
+
+
+def _of_name(n: TrainingLoop, name: str, call: ast.Call) -> Loss:
+    """Of `with amp.scale_loss(loss, optimizer) as scaled:` it is `loss`; of `total += loss` in the
+    micro-batches, `total`, if the script shows that."""
+    for parent, _ in n.script.above(call):
+        for item in parent.items if isinstance(parent, WITHS) else []:
+            if dotted(item.optional_vars) == name and isinstance(item.context_expr, ast.Call):
+                name = next(filter(None, map(dotted, item.context_expr.args)), name)
+    if total := _total(n, name):
+        return Loss(total, as_shown(total, n.inner.body) or total, call)
+    return Loss(name, _unscaled(n, name, call), call)
+
+
+def _total(n: TrainingLoop, name: str) -> str:
+    """`total`, which each iteration begins anew and a loop in it adds the losses to."""
+    for node in own_all(n.inner.body):
+        total = dotted(node.target) if isinstance(node, ast.AugAssign) else ""
+        if total and isinstance(node.op, ast.Add) and name in loads(own(node.value)):  # type: ignore[attr-defined]
+            begun = [b.stmt for b in n.script.bindings[total] if b.stmt in n.inner.body]
+            inside = n.script.loops_around(node)[0] is not n.inner
+            if inside and begun and total in loads(shown(own_all(n.inner.body))):
+                return total
+    return ""
+
+
+def shown(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """What is printed, logged or kept: in texts, and given to calls whose result nobody takes."""
+    for node in nodes:
+        call = getattr(node, "value", None) if isinstance(node, ast.Expr) else None
+        if isinstance(call, ast.Call) and called(call) != "backward":
+            yield from (part for given in arguments(call) for part in walk(given))
+        elif isinstance(node, ast.JoinedStr):
+            yield from walk(node)
+
+
+def as_shown(name: str, stmts: Sequence[ast.stmt]) -> str:
+    """`total / len(loader)`, where a sum is divided only when it is shown; '' if the divisor is
+    gone by then."""
+    for part in shown(own_all(stmts)):
+        count = divided_by(part)
+        sum_ = getattr(part, "left", part)  # `total.item() / n` too
+        if count is not None and name in (dotted(sum_), method_call(sum_)[0]):
+            text = _count_at_end(count, stmts)
+            return text and f"{name} / {text}"
+    return name
+
+
+def _count_at_end(count: ast.expr, stmts: Sequence[ast.stmt]) -> str:
+    """A divisor behind the loops of `stmts`: `len(loader)` for the `i + 1` of its last turn."""
+    text, source = ast.unparse(count), "\n".join(map(ast.unparse, stmts))
+    for loop in (node for node in own_all(stmts) if isinstance(node, FORS)):
+        if called(loop.iter) == "enumerate" and text == f"{targets(loop)[0]} + 1":
+            text = f"len({dotted(loop.iter.args[0])})"  # type: ignore[attr-defined]
+            return text if text in source else ""
+    plain = (ast.Name, ast.Attribute, ast.Constant)
+    return text if isinstance(count, plain) or called(count) == "len" else ""
 
 
 def _unscaled(n: TrainingLoop, name: str, call: ast.Call) -> str:
-    """`loss * K`, where it was divided by what a step accumulates."""
-    for binding in n.script.bindings.get(name, []):
-        stmt, value = binding.stmt, binding.value
-        if stmt in own_set(n.inner) and stmt.lineno <= call.lineno:
-            by_itself = isinstance(stmt, ast.AugAssign) and isinstance(stmt.op, ast.Div)
-            divisor = dotted(value if by_itself else divided_by(value))
-            if divisor and (ACCUMULATED.search(divisor) or divisor in _step_sizes(n.inner)):
-                return f"{name} * {divisor}"
+    """`loss * K`, where it was divided by what a step accumulates since the forward pass."""
+    every = n.script.bindings.get(name, [])
+    made = [b for b in every if b.stmt in own_set(n.inner) and b.stmt.lineno <= call.lineno]
+    fresh = [i for i, b in enumerate(made) if not _goes_on(b)]
+    for binding in made[fresh[-1] if fresh else 0 :]:
+        by_itself = isinstance(binding.stmt, ast.AugAssign) and isinstance(binding.stmt.op, ast.Div)
+        divisor = dotted(binding.value if by_itself else divided_by(binding.value))
+        if divisor and (ACCUMULATED.search(divisor) or divisor in _step_sizes(n.inner)):
+            return f"{name} * {divisor}"
     return name
+
+
+def _goes_on(binding: Binding) -> bool:
+    """`loss = loss / k`: what it was before, in another form."""
+    return isinstance(binding.stmt, ast.AugAssign) or binding.name in loads(own(binding.value))
 
 
 def divided_by(value: ast.AST) -> ast.expr | None:
@@ -832,7 +906,8 @@ def losses_given(script: Script, call: ast.Call) -> list[str]:
         value = _returned(helper, index if len(names) > 1 else None) if helper else None
         is_many = value is None or isinstance(value, (ast.Tuple, ast.Dict, ast.DictComp))
         parts = [] if is_many else [last(dotted(part)) for part in walk(value or call)]
-        if any(map(LOSS_NAME.search, [last(name), *parts])):
+        is_score = METRIC_NAME.search(last(name))  # `perplexity`, of exp(loss)
+        if LOSS_NAME.search(last(name)) or (any(map(LOSS_NAME.search, parts)) and not is_score):
             found.append(name)
     return found
 

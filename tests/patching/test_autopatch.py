@@ -43,7 +43,7 @@ GOLDEN = {
     "lbfgs": ("yes", "yes", "yes", "i"),
     "loss_scaler": ("yes", "none seen", "yes", "loss=loss, batch=samples"),
     "match_phase": ("yes", "none seen", "yes", "step, loss=loss, batch=x"),
-    "micro_steps": ("yes", "yes", "yes", "step, loss=loss * grad_accum_steps"),
+    "micro_steps": ("yes", "yes", "yes", "step, loss=train_loss"),
     "nameless_loss": ("yes", "none seen", "yes", "step"),
     "nested_main": ("yes", "yes", "yes", "step, loss=loss"),
     "optim_shadowed": ("yes", "none seen", "yes", "total_steps, loss=loss"),
@@ -65,6 +65,17 @@ GOLDEN = {
     "while_true": ("yes", "yes", "yes", "iter_num, loss=loss * gradient_accumulation_steps"),
     "wrapped_step": ("yes", "none seen", "yes", "step, loss=loss, batch=x"),
     "zero_based": ("yes", "yes", "yes", "step, loss=loss"),
+    "mean_shown_in_loop": ("yes", "yes", "yes", "loss=loss, batch=x"),
+    "several_generators": ("yes", "none seen", "yes", "loss=loss_G, loss_D_A=loss_D_A"),
+    "sum_of_named_losses": ("yes", "none seen", "no", "loss=value_loss * 0.5 + action_loss"),
+    "total_of_micro_steps": ("yes", "none seen", "no", "self.step, loss=total_loss"),
+    "two_divisors": ("yes", "yes", "yes", "step, loss=loss * micro_batches"),
+    "accuracy_in_line": ("yes", "yes", "yes", "loss=loss, batch=b_x"),
+    "batch_beside_state": ("yes", "none seen", "yes", "loss=loss, batch=inputs"),
+    "one_name_two_losses": ("yes", "yes", "no", "i)"),
+    "perplexity_first": ("yes", "yes", "yes", "completed_steps, loss=loss, batch=x)"),
+    "scores_in_a_tuple": ("yes", "yes", "yes", "epoch, loss=loss)"),
+    "test_within_the_loop": ("yes", "yes", "yes", ")"),
     "wrapped_optimizer": ("yes", "yes", "no", "loss=loss, batch=src"),
 }
 
@@ -262,6 +273,26 @@ def test_step_uses_only_values_that_are_sure(before, after, expected):
 def test_any_use_of_the_name_obs_counts(line):
     data = (TESTS / "shapes" / "nameless_loss.py").read_bytes()
     assert "import observability  # observability" in added(patch(data + line + b"\n")[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("accuracy_in_line", ['obs.log({"val/accuracy": accuracy})']),
+        ("perplexity_first", ["obs.validation(eval_loss)"]),
+        ("mean_shown_in_loop", ["obs.validation(test_loss / len(held_out))"]),
+        (
+            "scores_in_a_tuple",
+            [
+                'obs.log({"train/train_acc": train_acc, "val/val_acc": val_acc})',
+                'obs.log({"val/tmp_test_acc": tmp_test_acc})',
+            ],
+        ),
+    ],
+)
+def test_an_evaluation_is_recorded_by_what_its_values_are_called(name, lines):
+    _, found = patch((TESTS / "shapes" / f"{name}.py").read_bytes())
+    assert [i.code for i in found.insertions if i.kind == "validation"] == lines
 
 
 # --- Any spelling of a file ------------------------------------------------------------------
