@@ -190,7 +190,8 @@ class Roles:
             if isinstance(node, ast.Attribute) and GIVES_PARAMETERS.match(node.attr):
                 yield self._assigned(dotted(node.value))
             elif isinstance(node, ast.Name) and node.id in self.modules:
-                if MODEL_NAME.search(node.id):
+                is_given = isinstance(self.script.parent[node], ast.Call)  # set_optimizer(opt, head)
+                if is_given or MODEL_NAME.search(node.id):
                     yield node.id
             elif isinstance(node, ast.Name) and depth and re.search("param|group", node.id, re.I):
                 for binding in self.script.bindings.get(node.id, []):
@@ -448,15 +449,15 @@ class TrainingLoop:
         return list(dict.fromkeys([*self._of_scope(found), *copied, *self._averages(found)]))
 
     def _averages(self, models: list[str]) -> list[str]:
-        """`ema = copy.deepcopy(model)` that the loop goes on with."""
-        used = loads(own_set(self.outer))
+        """`ema = copy.deepcopy(model).to(device)` that the loop goes on with."""
+        used = self.at_start & loads(own_set(self.outer)) - {*written(self.outer.body)}
         return [
             name
-            for name in self.script.bindings
-            if name in self.at_start & used and AVERAGE_NAME.search(last(name))
-            for call in self.script.made(name)
-            if called(call) in {"deepcopy", "AveragedModel"}
-            and any(dotted(part) in models for part in own_all(arguments(call)))
+            for name, bindings in self.script.bindings.items()
+            for binding in (bindings if name in used else [])
+            for call in walk(binding.value)
+            if isinstance(call, ast.Call) and called(call) in {"deepcopy", "AveragedModel"}
+            if any(dotted(arg).removesuffix(".module") in models for arg in call.args[:1])
         ]
 
     @cached_property
@@ -486,11 +487,15 @@ class TrainingLoop:
         return list(found.values())
 
     @cached_property
-    def conditions(self) -> list[tuple[ast.If, bool]]:
-        """The `if`s around the only update, outermost first, and the branch taken; none if each
+    def conditions(self) -> Conditions:
+        """The `if`s around the last update, outermost first, and the branch taken; none if each
         iteration steps."""
-        ways = [tests_around(self, site) for site in self.nest.sites]
-        return ways[-1] if all(ways) else []
+        return self.ways[-1] if all(self.ways) else []
+
+    @cached_property
+    def ways(self) -> list[Conditions]:
+        """Of each site the `if`s around it."""
+        return [tests_around(self, site) for site in self.nest.sites]
 
     @cached_property
     def gate(self) -> str:
@@ -571,10 +576,11 @@ class StepSpot(NamedTuple):
     last: str = ""  # when the loop breaks after it
 
 
+Conditions = list[tuple[ast.If, bool]]  # enclosing `if`s, outermost first, and the branch taken
 Ends = Iterator[StepSpot | Note]  # with the exits behind a step that a resume cannot repeat
 
 
-def tests_around(n: TrainingLoop, site: ast.AST) -> list[tuple[ast.If, bool]]:
+def tests_around(n: TrainingLoop, site: ast.AST) -> Conditions:
     """Enclosing `if`s within the loop that do not step on every path, and the branch taken."""
     around = list(n.script.above(site))
     inside = around[: [parent for parent, _ in around].index(n.inner)]
@@ -596,9 +602,12 @@ def _always_steps(n: TrainingLoop, stmt: ast.stmt) -> bool:
 def ends_of(n: TrainingLoop) -> Ends:
     """Every place where an iteration that stepped ends."""
     if n.gate:
-        yield StepSpot(_end(n.inner.body), n.gate)
+        for end in _ends(n, n.inner.body, n.script.index_in(n.inner.body, n.nest.sites[0])):
+            is_spot = isinstance(end, StepSpot)
+            yield end._replace(test=" and ".join(filter(None, [n.gate, end.test]))) if is_spot else end
     elif n.conditions:
-        yield from _conditional_ends(n)
+        for way in _ways_apart(n):
+            yield from _conditional_ends(n, way)
     else:
         case = _case(n)
         sure = [site for site in n.nest.sites if not tests_around(n, site)]
@@ -606,25 +615,34 @@ def ends_of(n: TrainingLoop) -> Ends:
         yield from _ends(n, block, min((n.script.index_in(block, s) for s in sites), default=0))
 
 
-def _conditional_ends(n: TrainingLoop) -> Ends:
+def _ways_apart(n: TrainingLoop) -> Iterator[Conditions]:
+    """The last update's, and those of the other branches of its `if`s, where those step too."""
+    others = [(test, not taken) for test, taken in n.conditions]
+    ways = [way for way in n.ways if {*way} & {*others}] + [n.conditions]
+    for at, way in enumerate(ways):
+        if way not in ways[:at]:
+            yield way
+
+
+def _conditional_ends(n: TrainingLoop, way: Conditions) -> Ends:
     """`if (i + 1) % k == 0: opt.step()`: behind all that follows the `if`, if that can be said
     again in the line's own words; else in the branch that steps."""
-    outermost, (innermost, taken) = n.conditions[0][0], n.conditions[-1]
+    outermost, (innermost, taken) = way[0][0], way[-1]
     place = Spot(n.inner.body, n.script.index_in(n.inner.body, outermost))
     rest = place.block[place.index :]
     branch = innermost.body if taken else innermost.orelse
-    pure = all(_is_pure(test.test, rest) for test, _ in n.conditions)
+    pure = all(_is_pure(test.test, rest) for test, _ in way)
     if len(rest) > 1 and pure and not _exits(n, rest[1:]):
-        yield StepSpot(_end(place.block), _words(n.conditions))
+        yield StepSpot(_end(place.block), _words(way))
         return
     breaks = [leave for leave in _exits(n, rest[1:]) if not isinstance(leave, ast.Continue)]
     known = {leave: test for leave in breaks if (test := _break_test(n, leave, rest[1:]))}
     later = " or ".join(f"({test})" if len(known) > 1 else test for test in known.values())
     yield from (_unseen(leave) for leave in breaks if leave not in known)
     if not n.script.own_line(branch[0]) and pure:
-        yield StepSpot(n.script.behind(outermost), _words(n.conditions), later)
+        yield StepSpot(n.script.behind(outermost), _words(way), later)
         return
-    sites = [site for site in n.nest.sites if n.script.inside(site, innermost)]
+    sites = [site for site in n.nest.sites if any(n.script.inside(site, s) for s in branch)]
     for end in _ends(n, branch, min(n.script.index_in(branch, site) for site in sites)):
         yield end._replace(last=end.last or later) if isinstance(end, StepSpot) else end
 
@@ -879,6 +897,8 @@ def carried_by(n: TrainingLoop) -> Carried:
             tail = [name for name in _left_behind(n) if name not in defaults]
             defaults |= dict.fromkeys(tail, "None")
         groups.append((n.script.home[loop], defaults))
+    under = [pair for loop in mine for pair in _made_under(n, loop).items()]
+    groups += [(spot, {name: name}) for name, spot in under]
     outside = n.loops[: -len(mine)]
     groups += [(Spot(loop.body, 0), {name: name for name in names[loop]}) for loop in outside]
     keys = _keys([name for _, defaults in groups for name in defaults])
@@ -887,7 +907,7 @@ def carried_by(n: TrainingLoop) -> Carried:
     for at, (spot, defaults) in enumerate(groups):
         some = {next(keys): name for name in defaults}
         lines += [(spot, code) for code in _give_back(n, spot, some, defaults)]
-        values |= some if at < len(mine) else {}
+        values |= some if at < len(groups) - len(outside) else {}
     return Carried(values, lines)
 
 
@@ -907,6 +927,19 @@ def _give_back(
         return f"{', '.join(keys[key] for key in some)} = {n.obs}.resume({given})"
 
     return n.in_columns(spot, [*keys], call)
+
+
+def _made_under(n: TrainingLoop, loop: Loop) -> dict[str, Spot]:
+    """`if args.tracking: total = 0` before the loop that adds to it under the same flag: it is
+    given back there, where there is one."""
+    home, found = n.script.home[loop], {}
+    needed = passed_on(n, loop)
+    for stmt in home.block[: home.index]:
+        if isinstance(stmt, ast.If) and not stmt.orelse and _is_pure(stmt.test, n.outer.body):
+            names = {*needed} & {*written(stmt.body)} & n.script.at_end(stmt.body)
+            spot = Spot(stmt.body, len(stmt.body))
+            found |= dict.fromkeys(sorted(names - n.script.bound(home)), spot)
+    return found
 
 
 def _carried_names(n: TrainingLoop, loop: Loop) -> list[str]:
