@@ -190,7 +190,9 @@ class Roles:
             if isinstance(node, ast.Attribute) and GIVES_PARAMETERS.match(node.attr):
                 yield self._assigned(dotted(node.value))
             elif isinstance(node, ast.Name) and node.id in self.modules:
-                is_given = isinstance(self.script.parent[node], ast.Call)  # set_optimizer(opt, head)
+                is_given = isinstance(
+                    self.script.parent[node], ast.Call
+                )  # set_optimizer(opt, head)
                 if is_given or MODEL_NAME.search(node.id):
                     yield node.id
             elif isinstance(node, ast.Name) and depth and re.search("param|group", node.id, re.I):
@@ -259,11 +261,35 @@ def _update(call: ast.Call, roles: Roles, engines: set[str]) -> Update | None:
         return Update(call, given, dotted(call.func))
     if method not in {"step", "second_step", "step_and_update_lr"}:
         return None
+    if item := _item_of(call, roles):
+        return Update(call, item)
     if roles.optimizer(receiver):
         holder = receiver.rpartition(".")[0]
         return Update(call, holder if roles.optimizer(holder) else receiver)
     plain = not re.search(r"scaler|accelerator|fabric", receiver, re.I)
     return Update(call, receiver) if receiver in engines and plain else None
+
+
+def _item_of(call: ast.Call, roles: Roles) -> str:
+    """`opt` of `state["optimizer"].step()`, where it was `state = dict(optimizer=opt)`; else the
+    dict, whose values are then all meant."""
+    item = getattr(call.func, "value", None)
+    key = getattr(getattr(item, "slice", None), "value", None)
+    held = dotted(item)
+    if not isinstance(key, str) or not (OPTIMIZER_NAME.search(key) or roles.optimizer(held)):
+        return ""
+    values = [v for b in roles.script.bindings.get(held, []) for v in [entries(b.value).get(key)]]
+    names = [dotted(value) for value in values if value is not None]
+    return next((name for name in names if name), held)
+
+
+def entries(value: ast.expr) -> dict[str, ast.expr]:
+    """The values of `{"a": x}` or `dict(a=x)` by their keys."""
+    if isinstance(value, ast.Dict):
+        keys = [getattr(key, "value", "") for key in value.keys]
+        return dict(zip(keys, value.values, strict=True))
+    is_dict = called(value) == "dict"
+    return {word.arg or "": word.value for word in value.keywords} if is_dict else {}  # type: ignore
 
 
 def looped_over(
@@ -416,21 +442,49 @@ class TrainingLoop:
     @cached_property
     def visible_optimizers(self) -> list[str]:
         """Those of its names that are bound before the loop, else what else may be one of them."""
-        direct = [name for name in self.optimizers if name in self.at_start]
+        direct = [name for each in self.optimizers for name in self._outside_of_class(each, each)]
         if direct and len(direct) == len(self.optimizers):
-            return direct
+            return [*direct, *self._wrapped_by(direct)]
         bindings, given = self.script.bindings, self.script.parameters(self.outer_scope)
         seen = [name for name in bindings if name in self.at_start]
         made = [name for name in seen if self.roles.made_by(name, OPTIMIZER_CALL)]
         others = made or [name for name in given if "optim" in name.lower()]
         return list(dict.fromkeys([*direct, *others]))
 
+    def _outside_of_class(self, name: str, optimizer: str) -> list[str]:
+        """A name as it is called before the loop: `agent.optimizer` for the `self.optimizer` of
+        `agent = Agent()`, of which the loop calls a method."""
+        if name in self.at_start or root(name) != "self":
+            return [name] * (name in self.at_start)
+        made_in = [b.scope for b in self.script.bindings.get(optimizer, [])]
+        kinds = {getattr(self.script.class_of(scope), "name", "") for scope in made_in}
+        used = {method_call(node)[0] for node in own_set(self.outer)}
+        return [
+            agent + name.removeprefix("self")
+            for agent in sorted(used & self.at_start)
+            if kinds & {*map(called, self.script.made(agent))}
+        ]
+
+    def _wrapped_by(self, optimizers: list[str]) -> list[str]:
+        """`optimizer.base_optimizer`, whose state is its own, where the script or its class has
+        one by this name."""
+        known = self.script.bindings.get("self.base_optimizer", [])
+        owners = {getattr(self.script.class_of(b.scope), "name", "") for b in known}
+        used = loads(self.script.nodes)
+        return [
+            f"{name}.base_optimizer"
+            for name in optimizers
+            if owners & {*map(called, self.script.made(name))} or f"{name}.base_optimizer" in used
+        ]
+
     @cached_property
     def models(self) -> list[str]:
         """Those that an optimizer was given; else what is used as one, by its name or not."""
         seen, script = self.at_start, self.script
         optimizers = dict.fromkeys([*self.optimizers, *self.visible_optimizers])
-        found = [m for o in optimizers for m in self.roles.models_of(o) if m in seen]
+        given = [(m, o) for o in optimizers for m in self.roles.models_of(o)]
+        found = [model for model, _ in given if model in seen]
+        found = found or [name for pair in given for name in self._outside_of_class(*pair)]
         used = [m for m in self.roles.modules if m in seen and m not in script.imports]
         found = found or [m for m in used if MODEL_NAME.search(last(m))] or used
         found = found or [
@@ -603,8 +657,9 @@ def ends_of(n: TrainingLoop) -> Ends:
     """Every place where an iteration that stepped ends."""
     if n.gate:
         for end in _ends(n, n.inner.body, n.script.index_in(n.inner.body, n.nest.sites[0])):
-            is_spot = isinstance(end, StepSpot)
-            yield end._replace(test=" and ".join(filter(None, [n.gate, end.test]))) if is_spot else end
+            if isinstance(end, StepSpot):
+                end = end._replace(test=" and ".join(filter(None, [n.gate, end.test])))
+            yield end
     elif n.conditions:
         for way in _ways_apart(n):
             yield from _conditional_ends(n, way)
@@ -752,7 +807,7 @@ ACCUMULATED = re.compile(r"accum|micro|grad")
 def losses_of(n: TrainingLoop) -> Iterator[Loss]:
     """What the loop back-propagates, or is given by the helper that steps."""
     for call, expr in propagated_in(n):
-        yield from _named(n, expr, call)
+        yield from named_in(n, expr, call)
     for site in n.nest.sites:
         if isinstance(site, ast.Call):  # loss = train_step(batch)
             yield from (Loss(name, name, site) for name in losses_given(n.script, site))
@@ -788,7 +843,7 @@ def propagated(call: ast.Call, roles: Roles) -> ast.expr | None:
     return first if handed and SCALER_NAME.search(called(call)) else None
 
 
-def _named(n: TrainingLoop, expr: ast.expr, call: ast.Call) -> Iterator[Loss]:
+def named_in(n: TrainingLoop, expr: ast.expr, call: ast.Call) -> Iterator[Loss]:
     """The names inside a back-propagated expression: `a + b`, `loss / k`, `loss.mean()`."""
     receiver, method = method_call(expr)
     if isinstance(expr, (ast.Name, ast.Attribute)) and dotted(expr):
@@ -798,11 +853,11 @@ def _named(n: TrainingLoop, expr: ast.expr, call: ast.Call) -> Iterator[Loss]:
         if not isinstance(expr.op, (ast.Add, ast.Sub)):
             sides = sorted(sides, key=lambda side: not LOSS_NAME.search(last(dotted(side))))[:1]
         for side in sides:
-            yield from _named(n, side, call)
+            yield from named_in(n, side, call)
     elif method in {"mean", "sum"} and LOSS_NAME.search(last(receiver)):
         yield Loss(receiver, f"{receiver}.{method}()", call)
     elif method == "scale" and isinstance(expr, ast.Call) and expr.args:
-        yield from _named(n, expr.args[0], call)
+        yield from named_in(n, expr.args[0], call)
 
 
 def _unscaled(n: TrainingLoop, name: str, call: ast.Call) -> str:
@@ -932,8 +987,8 @@ def _give_back(
 def _made_under(n: TrainingLoop, loop: Loop) -> dict[str, Spot]:
     """`if args.tracking: total = 0` before the loop that adds to it under the same flag: it is
     given back there, where there is one."""
-    home, found = n.script.home[loop], {}
-    needed = passed_on(n, loop)
+    home, needed = n.script.home[loop], passed_on(n, loop)
+    found: dict[str, Spot] = {}
     for stmt in home.block[: home.index]:
         if isinstance(stmt, ast.If) and not stmt.orelse and _is_pure(stmt.test, n.outer.body):
             names = {*needed} & {*written(stmt.body)} & n.script.at_end(stmt.body)
@@ -947,9 +1002,44 @@ def _carried_names(n: TrainingLoop, loop: Loop) -> list[str]:
     script = n.script
     bound, own_names = script.bound(script.home[loop]), script.locals_of(script.scope_of(loop))
     names = [x for x in passed_on(n, loop) if x in bound and not object_made(n, x)]
-    filled = dict.fromkeys(name for node in own_all(loop.body) for name in _mutated(node))
-    more = [x for x in filled if x in bound and ("." in x or x in own_names)]
-    return list(dict.fromkeys([*names, *(x for x in more if _is_container(n, x))]))
+    more = [x for x in filled_in(n, loop) if x in bound and ("." in x or x in own_names)]
+    return list(dict.fromkeys([*names, *more]))
+
+
+def filled_in(n: TrainingLoop, loop: Loop) -> dict[str, None]:
+    """The lists and dicts that a loop fills: itself, as `h` of `for h in zip(…, histories)`, or by
+    a function of the script that is given them."""
+
+    def is_one(name: str) -> bool:
+        return _is_container(n, name)
+
+    nodes = list(own_all(loop.body))
+    found = [_looped_from(n.script, node, name) for node in nodes for name in mutated(node)]
+    for call in (node for node in nodes if isinstance(node, ast.Call)):
+        if helper := n.script.definition(call):
+            inside = {name for node in own_all(helper.body) for name in mutated(node)}
+            found += [dotted(v) for k, v in given_to(n.script, call, helper).items() if k in inside]
+    return dict.fromkeys(filter(is_one, found))
+
+
+def _looped_from(script: Script, node: ast.AST, name: str) -> str:
+    """`histories`, of whose items `h` is one in `for net, h in zip(nets, histories)`."""
+    for loop in script.loops_around(node):
+        if isinstance(loop, FORS) and name in targets(loop):
+            target, source = loop.target, loop.iter
+            if called(source) == "enumerate" and isinstance(target, ast.Tuple):
+                target, source = target.elts[1], source.args[0]  # type: ignore[attr-defined]
+            zipped = called(source) == "zip" and isinstance(target, ast.Tuple)
+            pairs = zip(target.elts, source.args) if zipped else [(target, source)]  # type: ignore
+            return next((dotted(part) for one, part in pairs if dotted(one) == name), name)
+    return name
+
+
+def given_to(script: Script, call: ast.Call, helper: Function) -> dict[str, ast.expr]:
+    """What a call gives to each parameter of a function of the script."""
+    names = [name for name in script.parameters(helper) if name != "self"]
+    words = {word.arg or "": word.value for word in call.keywords}
+    return dict(zip(names, call.args)) | words
 
 
 def passed_on(n: TrainingLoop, loop: Loop) -> list[str]:
@@ -999,15 +1089,19 @@ def object_made(n: TrainingLoop, name: str) -> ast.Call | None:
 
 
 def _is_container(n: TrainingLoop, name: str) -> bool:
-    """`history = []`, which the loop fills."""
+    """`history = []`, which the loop fills; but not a dict of models."""
     values = [binding.value for binding in n.script.bindings.get(name, [])]
     literals = (ast.List, ast.Dict, ast.ListComp, ast.DictComp)
-    return bool(values) and all(
-        isinstance(value, literals) or called(value) in {"list", "dict"} for value in values
+    makes = {"list", "dict", "defaultdict"}
+    held = {dotted(part) for value in values for part in entries(value).values()}
+    return (
+        bool(values)
+        and all(isinstance(value, literals) or called(value) in makes for value in values)
+        and not held & {*n.models, *n.optimizers}
     )
 
 
-def _mutated(node: ast.AST) -> list[str]:
+def mutated(node: ast.AST) -> list[str]:
     """The list or dict that a call or an assignment to an item fills."""
     receiver, method = method_call(node)
     if method in MUTATORS:
