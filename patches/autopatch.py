@@ -64,10 +64,13 @@ from loop import (
     TrainingLoop,
     Update,
     as_shown,
+    entries,
+    filled_in,
     find_nests,
     find_updates,
     key_of,
     losses_given,
+    mutated,
     named,
     names_given,
     needed_by,
@@ -157,13 +160,18 @@ class Plan:
 
 
 def patch(
-    source: bytes, name: str = "train.py", parts: Sequence[str] = PARTS, package: bool = False
+    source: bytes,
+    name: str = "train.py",
+    parts: Sequence[str] = PARTS,
+    package: bool = False,
+    folder: Path | None = None,
 ) -> tuple[bytes, Plan]:
-    """The patched source, of a script or a module of a package, and what was found.
+    """The patched source, of a script or a module of a package, and what was found. In `folder`
+    lies what it imports of its own project.
 
     Raises PatchError, NothingToPatch.
     """
-    script = Script(source, name)
+    script = Script(source, name, folder)
     found = plan(script, parts, package)
     return patched(script, found.insertions), found
 
@@ -350,12 +358,21 @@ def watched(n: TrainingLoop) -> Iterator[Insertion]:
     }
     args = list(n.models)
     for key, names in keywords.items():
-        unique = list(dict.fromkeys(names))
-        value = f"[{', '.join(unique)}]" if len(unique) > 1 else "".join(unique)
-        args += [f"{key}={value}"] * bool(unique)
+        args += _keyword(n, key, list(dict.fromkeys(names)))
     sure = "sure" if n.models and n.visible_optimizers else "likely"
     for code in n.in_columns(n.start, args, lambda some: f"{n.obs}.watch({', '.join(some)})"):
         yield from n.add(n.start, "watch", code, sure)
+
+
+def _keyword(n: TrainingLoop, key: str, names: list[str]) -> list[str]:
+    """`optimizer=opt` or `optimizer=[opt_g, opt_d]`; several where one is too wide for a line."""
+    head = f"{n.obs}.watch({key}="
+
+    def call(some: Sequence[str]) -> str:
+        return f"{head}[{', '.join(some)}])" if len(names) > 1 else f"{head}{some[0]})"
+
+    codes = n.in_columns(n.start, names, call)
+    return [f"{key}={code.removeprefix(head)[:-1]}" for code in codes]
 
 
 def _loader(loop: Loop) -> str:
@@ -592,8 +609,7 @@ def _first_unread(loop: Loop) -> int:
 
 
 def _reads_next(stmt: ast.stmt) -> bool:
-    calls = [node for node in own(stmt) if isinstance(node, ast.Call) and node.args]
-    return any(dotted(call.func) == "next" and dotted(call.args[0]) for call in calls)
+    return any(map(_drawn_from, own(stmt)))
 
 
 # --- Rules: why a resume is left out ---------------------------------------------------------
@@ -601,7 +617,9 @@ ENV_NAME = re.compile(r"(?:^|_)envs?(?:_|\d|$)", re.I)
 MOVES_ON = re.compile(
     r"^(?:next\w*|get_batch|sample\w*|push\w*|pop\w*|query|add|append|put|store|update\w*|draw)$"
 )
-KEEPS_NO_STATE = re.compile(r"Meter|Metric|Log|Writer|Timer|Tracker|Board|tqdm|Progress|Prof")
+KEEPS_NO_STATE = re.compile(
+    r"Meter|Metric|Log(?:ger|$)|Writer|Timer|Tracker|Board|tqdm|Progress|Prof"
+)
 
 
 def refused(n: TrainingLoop) -> Iterator[Note]:
@@ -668,12 +686,23 @@ def _moves_on(n: TrainingLoop, name: str, method: str) -> bool:
     made = _objects(n, name)
     if any(map(KEEPS_NO_STATE.search, made)):
         return False
-    return bool(made and MOVES_ON.search(method)) or any(
-        f.name == method
-        and getattr(n.script.class_of(f), "name", "") in made
-        and any(name.startswith("self.") for name in written(f.body))
+    methods = [
+        f
         for f in n.script.functions
-    )
+        if f.name == method and getattr(n.script.class_of(f), "name", "") in made
+    ]
+    return any(map(_changes_itself, methods)) if methods else bool(made and MOVES_ON.search(method))
+
+
+def _changes_itself(method: Function) -> bool:
+    """Whether a method changes its object: it assigns to it or to a part of it; a method that is
+    named like a change also where it calls one of a part, as `self.rng.choice()`."""
+    nodes = list(own_all(method.body))
+    names = [*written(method.body), *(name for node in nodes for name in mutated(node))]
+    names += map(_drawn_from, nodes)
+    if MOVES_ON.search(method.name):
+        names += [method_call(node)[0] for node in nodes]
+    return any(name.startswith("self.") for name in names)
 
 
 def _objects(n: TrainingLoop, name: str) -> dict[str, ast.Call]:
@@ -718,20 +747,78 @@ def optimizer_made_again(n: TrainingLoop) -> Iterator[Note]:
 
 
 def optimizer_without_state(n: TrainingLoop) -> Iterator[Note]:
-    """`class NoamOpt:` of the script itself, without a `state_dict`."""
-    made = {called(call): call for name in n.optimizers for call in n.script.made(name)}
-    for node in n.script.nodes:
-        if isinstance(node, ast.ClassDef) and node.name in made:
-            known = any("ptim" in dotted(base) for base in node.bases)
-            if not known and "state_dict" not in [getattr(f, "name", "") for f in node.body]:
-                yield refusal(made[node.name], f"{node.name} has no state_dict to save")
+    """`class NoamOpt:` of the script itself, or of a file beside it, without a `state_dict`."""
+    for name in n.optimizers:
+        for call in n.script.made(name):
+            for node in n.script.classes(called(call)):
+                known = any("ptim" in dotted(base) for base in node.bases)
+                if not known and "state_dict" not in [getattr(f, "name", "") for f in node.body]:
+                    yield refusal(call, f"{node.name} has no state_dict to save")
+
+
+def optimizer_within(n: TrainingLoop) -> Iterator[Note]:
+    """`from sam import SAM`: its `state_dict` leaves out what the optimizer in it has."""
+    for update in n.nest.updates:
+        watched = f"{update.optimizer}.base_optimizer" in n.visible_optimizers
+        if method_call(update.call)[1] == "second_step" and not watched:
+            text = "has an optimizer in it whose state its state_dict may leave out"
+            yield refusal(update.call, f"{update.optimizer} {text}")
+
+
+def filled_elsewhere(n: TrainingLoop) -> Iterator[Note]:
+    """`def train(loader, history)`: what it fills is its caller's, and no line here reaches it."""
+    for loop in n.loops:
+        scope = n.script.scope_of(loop)
+        for name in filled_in(n, loop):
+            if name in n.script.parameters(scope):
+                yield refusal(loop, f"{name} is filled here for the caller, which would not see it")
+
+
+def state_in_a_dict(n: TrainingLoop) -> Iterator[Note]:
+    """`state = dict(model=model, step=0)` and `state["step"] += 1`."""
+    for node in own_all(n.outer.body):
+        is_item = isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)
+        for binding in n.script.bindings.get(dotted(node), []) if is_item else []:
+            held = {*map(dotted, entries(binding.value).values())} & {*n.models, *n.optimizers}
+            if held:
+                text = f"changes beside {min(held)}, which it holds; it cannot be given back"
+                yield refusal(node, f"{binding.name} {text}")
 
 
 def reads_in_the_middle(n: TrainingLoop) -> Iterator[Note]:
-    """`x = next(it)` behind other work: what stands before the guard is done for each batch."""
-    if any(map(_reads_next, n.inner.body[_first_unread(n.inner) :])):
+    """`x = next(it)` behind other work, in an inner loop, or in a function that the loop calls:
+    what stands before the guard is done for each batch, and nothing else is."""
+    rest = n.inner.body[_first_unread(n.inner) :]
+    inside = [call for call in own_all(n.outer.body) if _drawn_from(call) in n.at_start]
+    passed = inside if n.outer is not n.inner else []
+    helpers = [
+        call
+        for function in _called_from(n)
+        for call in own_all(function.body)
+        if _drawn_from(call) and _drawn_from(call) not in written(function.body)
+    ]
+    if any(map(_reads_next, rest)) or passed or helpers:
         text = "next() is called in the middle of the iteration; a resumed run cannot pass over it"
-        yield refusal(n.inner, text)
+        yield refusal([*passed, *helpers, n.inner][0], text)
+
+
+def _drawn_from(node: ast.AST) -> str:
+    """`it` of `next(it)`."""
+    is_next = isinstance(node, ast.Call) and dotted(node.func) == "next" and node.args
+    return dotted(node.args[0]) if is_next else ""  # type: ignore[attr-defined]
+
+
+def _called_from(n: TrainingLoop) -> list[Function]:
+    """The functions of the script that the loop calls, or that those call."""
+    found: dict[Function, None] = {}
+    left = [*n.outer.body, *n.inner.body]
+    while left:
+        for call in own(left.pop()):
+            function = n.script.definition(call) if isinstance(call, ast.Call) else None
+            if function and function not in found:
+                found[function] = None
+                left += function.body
+    return list(found)
 
 
 def left_unseen(n: TrainingLoop) -> Iterator[Note]:
@@ -761,6 +848,9 @@ REFUSALS: tuple[Callable[[TrainingLoop], Iterator[Note]], ...] = (
     average_by_hand,
     optimizer_made_again,
     optimizer_without_state,
+    optimizer_within,
+    filled_elsewhere,
+    state_in_a_dict,
     reads_in_the_middle,
     left_unseen,
     unbound_before,
@@ -1168,7 +1258,7 @@ def _run(options: argparse.Namespace, path: Path) -> int:
     elif marked := marked_numbers(data, path.name):
         _already_patched(options, path, data, len(marked))
     else:
-        result, found = patch(data, path.name, options.only, in_package(path, data))
+        result, found = patch(data, path.name, options.only, in_package(path, data), path.parent)
         _show(options, path, data, result, found)
     return 0
 

@@ -191,7 +191,10 @@ class Roles:
             if isinstance(node, ast.Attribute) and GIVES_PARAMETERS.match(node.attr):
                 yield self._assigned(dotted(node.value))
             elif isinstance(node, ast.Name) and node.id in self.modules:
-                if MODEL_NAME.search(node.id):
+                is_given = isinstance(
+                    self.script.parent[node], ast.Call
+                )  # set_optimizer(opt, head)
+                if is_given or MODEL_NAME.search(node.id):
                     yield node.id
             elif isinstance(node, ast.Name) and depth and re.search("param|group", node.id, re.I):
                 for binding in self.script.bindings.get(node.id, []):
@@ -259,11 +262,35 @@ def _update(call: ast.Call, roles: Roles, engines: set[str]) -> Update | None:
         return Update(call, given, dotted(call.func))
     if method not in {"step", "second_step", "step_and_update_lr"}:
         return None
+    if item := _item_of(call, roles):
+        return Update(call, item)
     if roles.optimizer(receiver):
         holder = receiver.rpartition(".")[0]
         return Update(call, holder if roles.optimizer(holder) else receiver)
     plain = not re.search(r"scaler|accelerator|fabric", receiver, re.I)
     return Update(call, receiver) if receiver in engines and plain else None
+
+
+def _item_of(call: ast.Call, roles: Roles) -> str:
+    """`opt` of `state["optimizer"].step()`, where it was `state = dict(optimizer=opt)`; else the
+    dict, whose values are then all meant."""
+    item = getattr(call.func, "value", None)
+    key = getattr(getattr(item, "slice", None), "value", None)
+    held = dotted(item)
+    if not isinstance(key, str) or not (OPTIMIZER_NAME.search(key) or roles.optimizer(held)):
+        return ""
+    values = [v for b in roles.script.bindings.get(held, []) for v in [entries(b.value).get(key)]]
+    names = [dotted(value) for value in values if value is not None]
+    return next((name for name in names if name), held)
+
+
+def entries(value: ast.expr) -> dict[str, ast.expr]:
+    """The values of `{"a": x}` or `dict(a=x)` by their keys."""
+    if isinstance(value, ast.Dict):
+        keys = [getattr(key, "value", "") for key in value.keys]
+        return dict(zip(keys, value.values, strict=True))
+    is_dict = called(value) == "dict"
+    return {word.arg or "": word.value for word in value.keywords} if is_dict else {}  # type: ignore
 
 
 def looped_over(
@@ -417,21 +444,49 @@ class TrainingLoop:
     @cached_property
     def visible_optimizers(self) -> list[str]:
         """Those of its names that are bound before the loop, else what else may be one of them."""
-        direct = [name for name in self.optimizers if name in self.at_start]
+        direct = [name for each in self.optimizers for name in self._outside_of_class(each, each)]
         if direct and len(direct) == len(self.optimizers):
-            return direct
+            return [*direct, *self._wrapped_by(direct)]
         bindings, given = self.script.bindings, self.script.parameters(self.outer_scope)
         seen = [name for name in bindings if name in self.at_start]
         made = [name for name in seen if self.roles.made_by(name, OPTIMIZER_CALL)]
         others = made or [name for name in given if "optim" in name.lower()]
         return list(dict.fromkeys([*direct, *others]))
 
+    def _outside_of_class(self, name: str, optimizer: str) -> list[str]:
+        """A name as it is called before the loop: `agent.optimizer` for the `self.optimizer` of
+        `agent = Agent()`, of which the loop calls a method."""
+        if name in self.at_start or root(name) != "self":
+            return [name] * (name in self.at_start)
+        made_in = [b.scope for b in self.script.bindings.get(optimizer, [])]
+        kinds = {getattr(self.script.class_of(scope), "name", "") for scope in made_in}
+        used = {method_call(node)[0] for node in own_set(self.outer)}
+        return [
+            agent + name.removeprefix("self")
+            for agent in sorted(used & self.at_start)
+            if kinds & {*map(called, self.script.made(agent))}
+        ]
+
+    def _wrapped_by(self, optimizers: list[str]) -> list[str]:
+        """`optimizer.base_optimizer`, whose state is its own, where the script or its class has
+        one by this name."""
+        known = self.script.bindings.get("self.base_optimizer", [])
+        owners = {getattr(self.script.class_of(b.scope), "name", "") for b in known}
+        used = loads(self.script.nodes)
+        return [
+            f"{name}.base_optimizer"
+            for name in optimizers
+            if owners & {*map(called, self.script.made(name))} or f"{name}.base_optimizer" in used
+        ]
+
     @cached_property
     def models(self) -> list[str]:
         """Those that an optimizer was given; else what is used as one, by its name or not."""
         seen, script = self.at_start, self.script
         optimizers = dict.fromkeys([*self.optimizers, *self.visible_optimizers])
-        found = [m for o in optimizers for m in self.roles.models_of(o) if m in seen]
+        given = [(m, o) for o in optimizers for m in self.roles.models_of(o)]
+        found = [model for model, _ in given if model in seen]
+        found = found or [name for pair in given for name in self._outside_of_class(*pair)]
         used = [m for m in self.roles.modules if m in seen and m not in script.imports]
         found = found or [m for m in used if MODEL_NAME.search(last(m))] or used
         found = found or [
@@ -450,15 +505,15 @@ class TrainingLoop:
         return list(dict.fromkeys([*self._of_scope(found), *copied, *self._averages(found)]))
 
     def _averages(self, models: list[str]) -> list[str]:
-        """`ema = copy.deepcopy(model)` that the loop goes on with."""
-        used = loads(own_set(self.outer))
+        """`ema = copy.deepcopy(model).to(device)` that the loop goes on with."""
+        used = self.at_start & loads(own_set(self.outer)) - {*written(self.outer.body)}
         return [
             name
-            for name in self.script.bindings
-            if name in self.at_start & used and AVERAGE_NAME.search(last(name))
-            for call in self.script.made(name)
-            if called(call) in {"deepcopy", "AveragedModel"}
-            and any(dotted(part) in models for part in own_all(arguments(call)))
+            for name, bindings in self.script.bindings.items()
+            for binding in (bindings if name in used else [])
+            for call in walk(binding.value)
+            if isinstance(call, ast.Call) and called(call) in {"deepcopy", "AveragedModel"}
+            if any(dotted(arg).removesuffix(".module") in models for arg in call.args[:1])
         ]
 
     @cached_property
@@ -490,11 +545,15 @@ class TrainingLoop:
         return sorted(found.values(), key=lambda loss: (not loss.is_part, loss.name in seen))
 
     @cached_property
-    def conditions(self) -> list[tuple[ast.If, bool]]:
-        """The `if`s around the only update, outermost first, and the branch taken; none if each
+    def conditions(self) -> Conditions:
+        """The `if`s around the last update, outermost first, and the branch taken; none if each
         iteration steps."""
-        ways = [tests_around(self, site) for site in self.nest.sites]
-        return ways[-1] if all(ways) else []
+        return self.ways[-1] if all(self.ways) else []
+
+    @cached_property
+    def ways(self) -> list[Conditions]:
+        """Of each site the `if`s around it."""
+        return [tests_around(self, site) for site in self.nest.sites]
 
     @cached_property
     def gate(self) -> str:
@@ -575,10 +634,11 @@ class StepSpot(NamedTuple):
     last: str = ""  # when the loop breaks after it
 
 
+Conditions = list[tuple[ast.If, bool]]  # enclosing `if`s, outermost first, and the branch taken
 Ends = Iterator[StepSpot | Note]  # with the exits behind a step that a resume cannot repeat
 
 
-def tests_around(n: TrainingLoop, site: ast.AST) -> list[tuple[ast.If, bool]]:
+def tests_around(n: TrainingLoop, site: ast.AST) -> Conditions:
     """Enclosing `if`s within the loop that do not step on every path, and the branch taken."""
     around = list(n.script.above(site))
     inside = around[: [parent for parent, _ in around].index(n.inner)]
@@ -600,9 +660,13 @@ def _always_steps(n: TrainingLoop, stmt: ast.stmt) -> bool:
 def ends_of(n: TrainingLoop) -> Ends:
     """Every place where an iteration that stepped ends."""
     if n.gate:
-        yield StepSpot(_end(n.inner.body), n.gate)
+        for end in _ends(n, n.inner.body, n.script.index_in(n.inner.body, n.nest.sites[0])):
+            if isinstance(end, StepSpot):
+                end = end._replace(test=" and ".join(filter(None, [n.gate, end.test])))
+            yield end
     elif n.conditions:
-        yield from _conditional_ends(n)
+        for way in _ways_apart(n):
+            yield from _conditional_ends(n, way)
     else:
         case = _case(n)
         sure = [site for site in n.nest.sites if not tests_around(n, site)]
@@ -610,25 +674,34 @@ def ends_of(n: TrainingLoop) -> Ends:
         yield from _ends(n, block, min((n.script.index_in(block, s) for s in sites), default=0))
 
 
-def _conditional_ends(n: TrainingLoop) -> Ends:
+def _ways_apart(n: TrainingLoop) -> Iterator[Conditions]:
+    """The last update's, and those of the other branches of its `if`s, where those step too."""
+    others = [(test, not taken) for test, taken in n.conditions]
+    ways = [way for way in n.ways if {*way} & {*others}] + [n.conditions]
+    for at, way in enumerate(ways):
+        if way not in ways[:at]:
+            yield way
+
+
+def _conditional_ends(n: TrainingLoop, way: Conditions) -> Ends:
     """`if (i + 1) % k == 0: opt.step()`: behind all that follows the `if`, if that can be said
     again in the line's own words; else in the branch that steps."""
-    outermost, (innermost, taken) = n.conditions[0][0], n.conditions[-1]
+    outermost, (innermost, taken) = way[0][0], way[-1]
     place = Spot(n.inner.body, n.script.index_in(n.inner.body, outermost))
     rest = place.block[place.index :]
     branch = innermost.body if taken else innermost.orelse
-    pure = all(_is_pure(test.test, rest) for test, _ in n.conditions)
+    pure = all(_is_pure(test.test, rest) for test, _ in way)
     if len(rest) > 1 and pure and not _exits(n, rest[1:]):
-        yield StepSpot(_end(place.block), _words(n.conditions))
+        yield StepSpot(_end(place.block), _words(way))
         return
     breaks = [leave for leave in _exits(n, rest[1:]) if not isinstance(leave, ast.Continue)]
     known = {leave: test for leave in breaks if (test := _break_test(n, leave, rest[1:]))}
     later = " or ".join(f"({test})" if len(known) > 1 else test for test in known.values())
     yield from (_unseen(leave) for leave in breaks if leave not in known)
     if not n.script.own_line(branch[0]) and pure:
-        yield StepSpot(n.script.behind(outermost), _words(n.conditions), later)
+        yield StepSpot(n.script.behind(outermost), _words(way), later)
         return
-    sites = [site for site in n.nest.sites if n.script.inside(site, innermost)]
+    sites = [site for site in n.nest.sites if any(n.script.inside(site, s) for s in branch)]
     for end in _ends(n, branch, min(n.script.index_in(branch, site) for site in sites)):
         yield end._replace(last=end.last or later) if isinstance(end, StepSpot) else end
 
@@ -955,6 +1028,8 @@ def carried_by(n: TrainingLoop) -> Carried:
             tail = [name for name in _left_behind(n) if name not in defaults]
             defaults |= dict.fromkeys(tail, "None")
         groups.append((n.script.home[loop], defaults))
+    under = [pair for loop in mine for pair in _made_under(n, loop).items()]
+    groups += [(spot, {name: name}) for name, spot in under]
     outside = n.loops[: -len(mine)]
     groups += [(Spot(loop.body, 0), {name: name for name in names[loop]}) for loop in outside]
     keys = _keys([name for _, defaults in groups for name in defaults])
@@ -963,7 +1038,7 @@ def carried_by(n: TrainingLoop) -> Carried:
     for at, (spot, defaults) in enumerate(groups):
         some = {next(keys): name for name in defaults}
         lines += [(spot, code) for code in _give_back(n, spot, some, defaults)]
-        values |= some if at < len(mine) else {}
+        values |= some if at < len(groups) - len(outside) else {}
     return Carried(values, lines)
 
 
@@ -985,14 +1060,62 @@ def _give_back(
     return n.in_columns(spot, [*keys], call)
 
 
+def _made_under(n: TrainingLoop, loop: Loop) -> dict[str, Spot]:
+    """`if args.tracking: total = 0` before the loop that adds to it under the same flag: it is
+    given back there, where there is one."""
+    home, needed = n.script.home[loop], passed_on(n, loop)
+    found: dict[str, Spot] = {}
+    for stmt in home.block[: home.index]:
+        if isinstance(stmt, ast.If) and not stmt.orelse and _is_pure(stmt.test, n.outer.body):
+            names = {*needed} & {*written(stmt.body)} & n.script.at_end(stmt.body)
+            spot = Spot(stmt.body, len(stmt.body))
+            found |= dict.fromkeys(sorted(names - n.script.bound(home)), spot)
+    return found
+
+
 def _carried_names(n: TrainingLoop, loop: Loop) -> list[str]:
     """Names bound before the loop, assigned in it, and read before they are assigned there."""
     script = n.script
     bound, own_names = script.bound(script.home[loop]), script.locals_of(script.scope_of(loop))
     names = [x for x in passed_on(n, loop) if x in bound and not object_made(n, x)]
-    filled = dict.fromkeys(name for node in own_all(loop.body) for name in _mutated(node))
-    more = [x for x in filled if x in bound and ("." in x or x in own_names)]
-    return list(dict.fromkeys([*names, *(x for x in more if _is_container(n, x))]))
+    more = [x for x in filled_in(n, loop) if x in bound and ("." in x or x in own_names)]
+    return list(dict.fromkeys([*names, *more]))
+
+
+def filled_in(n: TrainingLoop, loop: Loop) -> dict[str, None]:
+    """The lists and dicts that a loop fills: itself, as `h` of `for h in zip(…, histories)`, or by
+    a function of the script that is given them."""
+
+    def is_one(name: str) -> bool:
+        return _is_container(n, name)
+
+    nodes = list(own_all(loop.body))
+    found = [_looped_from(n.script, node, name) for node in nodes for name in mutated(node)]
+    for call in (node for node in nodes if isinstance(node, ast.Call)):
+        if helper := n.script.definition(call):
+            inside = {name for node in own_all(helper.body) for name in mutated(node)}
+            found += [dotted(v) for k, v in given_to(n.script, call, helper).items() if k in inside]
+    return dict.fromkeys(filter(is_one, found))
+
+
+def _looped_from(script: Script, node: ast.AST, name: str) -> str:
+    """`histories`, of whose items `h` is one in `for net, h in zip(nets, histories)`."""
+    for loop in script.loops_around(node):
+        if isinstance(loop, FORS) and name in targets(loop):
+            target, source = loop.target, loop.iter
+            if called(source) == "enumerate" and isinstance(target, ast.Tuple):
+                target, source = target.elts[1], source.args[0]  # type: ignore[attr-defined]
+            zipped = called(source) == "zip" and isinstance(target, ast.Tuple)
+            pairs = zip(target.elts, source.args) if zipped else [(target, source)]  # type: ignore
+            return next((dotted(part) for one, part in pairs if dotted(one) == name), name)
+    return name
+
+
+def given_to(script: Script, call: ast.Call, helper: Function) -> dict[str, ast.expr]:
+    """What a call gives to each parameter of a function of the script."""
+    names = [name for name in script.parameters(helper) if name != "self"]
+    words = {word.arg or "": word.value for word in call.keywords}
+    return dict(zip(names, call.args)) | words
 
 
 def passed_on(n: TrainingLoop, loop: Loop) -> list[str]:
@@ -1042,15 +1165,19 @@ def object_made(n: TrainingLoop, name: str) -> ast.Call | None:
 
 
 def _is_container(n: TrainingLoop, name: str) -> bool:
-    """`history = []`, which the loop fills."""
+    """`history = []`, which the loop fills; but not a dict of models."""
     values = [binding.value for binding in n.script.bindings.get(name, [])]
     literals = (ast.List, ast.Dict, ast.ListComp, ast.DictComp)
-    return bool(values) and all(
-        isinstance(value, literals) or called(value) in {"list", "dict"} for value in values
+    makes = {"list", "dict", "defaultdict"}
+    held = {dotted(part) for value in values for part in entries(value).values()}
+    return (
+        bool(values)
+        and all(isinstance(value, literals) or called(value) in makes for value in values)
+        and not held & {*n.models, *n.optimizers}
     )
 
 
-def _mutated(node: ast.AST) -> list[str]:
+def mutated(node: ast.AST) -> list[str]:
     """The list or dict that a call or an assignment to an item fills."""
     receiver, method = method_call(node)
     if method in MUTATORS:

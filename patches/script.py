@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 from lines import UNPARSABLE, PatchError, decoded
@@ -43,6 +44,7 @@ CHOICES: dict[type, tuple[str, ...]] = {
     ast.List: ("elts",),
     ast.Tuple: ("elts",),
     ast.ListComp: ("elt",),
+    ast.Dict: ("values",),
 }
 
 
@@ -233,8 +235,8 @@ def first_line(stmt: ast.stmt) -> int:
 class Script:
     """A parsed script: its lines, who contains whom, who binds and who calls what."""
 
-    def __init__(self, data: bytes, name: str = "train.py") -> None:
-        self.data, self.name = data, name
+    def __init__(self, data: bytes, name: str = "train.py", folder: Path | None = None) -> None:
+        self.data, self.name, self.folder = data, name, folder
         _, self.lines = decoded(data, name)
         self.source = "".join(line + "\n" for line in self.lines)
         self.tree, table = self._parse()
@@ -365,6 +367,18 @@ class Script:
         defined = any(f.name == last(name) for f in self.functions)
         return root(name) in self.imports or defined
 
+    def classes(self, name: str) -> list[ast.ClassDef]:
+        """The classes of this name: in the script, or in a file beside it that it is imported
+        from, which is read and not run."""
+        nodes, module = self.nodes, self.imports.get(name, "").rpartition(".")[0]
+        path = self.folder / (module.replace(".", "/") + ".py") if self.folder and module else None
+        if path and path.is_file():
+            try:
+                nodes = list(walk(ast.parse(path.read_bytes())))
+            except (OSError, *UNPARSABLE):
+                return []
+        return [node for node in nodes if isinstance(node, ast.ClassDef) and node.name == name]
+
     def callers(self, function: Function) -> list[ast.Call]:
         return [
             call
@@ -390,8 +404,12 @@ class Script:
         return owner.name in map(called, [func.value, *self.made(dotted(func.value))])
 
     def _wrapped(self, name: str) -> Iterator[str]:
-        """`train_step` of `step = torch.compile(train_step)`, `partial(train_step, model)`."""
+        """`train_step` of `step = torch.compile(train_step)`, `partial(train_step, model)`, and
+        of `step = make_step()` where that returns it."""
         for maker in self.made(name):
+            for factory in (f for f in self.functions if f.name == dotted(maker.func)):
+                nodes = own_all(factory.body)
+                yield from (dotted(node.value) for node in nodes if isinstance(node, ast.Return))
             if called(maker) in {"compile", "partial", "script", "jit"} and maker.args:
                 yield dotted(maker.args[0])
 
