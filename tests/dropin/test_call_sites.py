@@ -747,7 +747,7 @@ def test_what_resume_asks_for_and_no_save_can_see_is_said_and_then_refused(tmp_p
 )
 def test_a_local_that_cannot_be_carried_is_not_called_saved(tmp_path, value):
     script = edited(
-        ("import copy\n", "import copy, pathlib\nclass Own: pass\n"),
+        ("import copy\n", "import copy, pathlib\nclass Own(list): pass\n"),
         ("step = 0\n", f"step, odd = 0, {value}\n"),
         ("step = obs.resume(step=step)", "step, odd = obs.resume(step=step, odd=odd)"),
     )

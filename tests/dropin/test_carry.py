@@ -510,6 +510,30 @@ model = state["model"]""",
         "END_OF_EPOCH": "print('state', [*state], *[state[k] for k in ('step', 'epoch', 'new')])",
     },
 }
+# As many published scripts have it.
+EPOCH_FUNCTION = """
+def train(epoch):
+    global step
+    losses = Meter()
+    losses = obs.resume(losses=losses)
+    for batch in range(4):
+        if obs.skip_batch(): continue
+        loss = update(step)
+        step += 1
+        losses.update(loss.item())
+        obs.step(step, loss=loss)
+        stop(step)
+    return losses.mean
+
+obs.init("run")
+obs.watch(model, optimizer=opt)
+step, history = 0, {"train": []}
+step, history = obs.resume(step=step, history=history)
+for epoch in range(3):
+    if obs.skip_epoch(epoch): continue
+    history["train"].append(train(epoch))
+    print("history", history)
+"""
 STOPPER = """
 class Stopper:
     def __init__(self, model):
@@ -535,9 +559,15 @@ def epochs(parts: dict[str, str]) -> str:
     return METER + STOPPER + body.replace("AT_THE_END", "model.bias.item().hex()")
 
 
-@pytest.mark.parametrize("name", IN_PLACE)
+BODIES_IN_PLACE = {
+    **{name: epochs(parts) for name, parts in IN_PLACE.items()},
+    "a meter in a function of an epoch": METER + EPOCH_FUNCTION,
+}
+
+
+@pytest.mark.parametrize("name", BODIES_IN_PLACE)
 def test_what_an_object_has_is_put_back_in_it_to_the_last_printed_line(tmp_path, name):
-    body = epochs(IN_PLACE[name])
+    body = BODIES_IN_PLACE[name]
     settings = {**SAVING, "SAVE_INTERVAL": 1}
     straight = script_of(tmp_path / "straight", body).run(**settings)
     script = script_of(tmp_path / "work", body)
