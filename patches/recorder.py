@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from lines import marked_in
 
-__all__ = ["COMPARED", "COUNTED", "Entry", "Job", "record", "seen"]
+__all__ = ["COMPARED", "COUNTED", "Entry", "Job", "record", "seen", "shortened"]
 
 COMPARED = ("loss", "value", "step", "end")  # in their order; a line stands between two of them
 COUNTED = (
@@ -219,6 +219,9 @@ def watch(recorder: Recorder) -> None:
     module.register_module_parameter_registration_hook(keep_module)
     module.register_module_buffer_registration_hook(keep_module)
     torch.save = saving(recorder, torch.save)
+    distributed: Any = torch.distributed
+    if distributed.is_available():
+        distributed.init_process_group = grouping(recorder, distributed.init_process_group)
     if recorder.job.save_interval:
         import observability
 
@@ -242,9 +245,11 @@ def propagating(recorder: Recorder, call: Any) -> Any:
     def noted(*args: Any, **kwargs: Any) -> Any:
         given: Any = args[0] if args else kwargs.get("tensors", kwargs.get("outputs"))
         for loss in [given] if hasattr(given, "detach") else given:
-            single = hasattr(loss, "numel") and loss.numel() == 1 and loss.is_floating_point()
-            value = loss.detach().reshape(-1).tolist()[0] if single else None
-            recorder.note("loss", bits_of(loss), value)
+            bits = bits_of(loss)
+            single = loss.numel() == 1 and loss.is_floating_point() and UNREADABLE not in bits
+            if bits != WITHOUT_VALUES:  # on the meta device, to count its operations
+                value = loss.detach().reshape(-1).tolist()[0] if single else None
+                recorder.note("loss", bits, value)
         return call(*args, **kwargs)
 
     return noted
@@ -280,6 +285,15 @@ def opening(recorder: Recorder) -> Callable[[str, Any], None]:
     return heard
 
 
+def grouping(recorder: Recorder, call: Any) -> Any:
+    @functools.wraps(call)
+    def grouped(*args: Any, **kwargs: Any) -> Any:
+        recorder.note("group")  # at a port that the script may name: one run at a time
+        return call(*args, **kwargs)
+
+    return grouped
+
+
 def saving(recorder: Recorder, call: Any) -> Any:
     """torch.save opens its file by itself."""
 
@@ -301,6 +315,19 @@ def seen(line: str) -> str:
     return "" if not text.strip() or BAR.search(text) else text
 
 
+ONCE = re.compile(r"_?(?:rank_zero_)?(?:warn|warning|info|debug|error|log)_once")
+
+
+def comes_once(frame: types.FrameType | None) -> bool:
+    """In a process: by a warning, or logging's of that kind. A resumed process says it again."""
+    while frame is not None:
+        module = frame.f_globals.get("__name__")
+        if module in ("warnings", "_py_warnings") or ONCE.fullmatch(frame.f_code.co_name):
+            return True
+        frame = frame.f_back
+    return False
+
+
 class Stream:
     """Notes the lines that the script's main thread prints; others come in no order."""
 
@@ -312,8 +339,7 @@ class Stream:
 
     def write(self, text: str) -> Any:
         by = str(sys._getframe(1).f_globals.get("__name__"))
-        # A process shows a warning once: a resumed one again.
-        is_aside = threading.get_ident() != self.thread or by in ("warnings", "_py_warnings")
+        is_aside = threading.get_ident() != self.thread or comes_once(sys._getframe(1))
         if by.rpartition(".")[2] != "observability":  # whose line may come in the middle of one
             self.hear(text, "aside" if is_aside else "line")  # first, as the kill may be due
         return self.print(text)
@@ -385,14 +411,14 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, shortened(tree.tobytes())
 
 
-UNREADABLE = "unreadable"
+UNREADABLE, WITHOUT_VALUES = "unreadable", "without values"
 EMPTY = {"UninitializedParameter", "UninitializedBuffer", "FakeTensor"}  # of shapes alone
 
 
 def bits_of(tensor: Any) -> str:
     """Its exact bits, of more than a few their digest."""
     if tensor.is_meta or type(tensor).__name__ in EMPTY:
-        return "without values"
+        return WITHOUT_VALUES
     try:
         dense = tensor if str(tensor.layout) == "torch.strided" else tensor.to_dense()
         flat = dense.detach().cpu().resolve_conj().resolve_neg().contiguous()
