@@ -47,7 +47,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, BinaryIO, TypeVar
+from typing import IO, Any, TypeVar
 
 from lines import PatchError, marked_numbers, reverse, split_lines
 from recorder import COMPARED, COUNTED, UNREADABLE, Entry, Job, seen, shortened
@@ -624,14 +624,12 @@ def is_the_drop_ins(path: Path) -> bool:
 class Inert(dict[Any, Any]):
     """Stands for whatever a pickle would call or make: nothing of a stranger's is run."""
 
-    __hash__ = object.__hash__  # type: ignore[assignment]
-
-    def __new__(cls, *args: Any, **named: Any) -> Inert:
+    def __new__(cls, *args: Any) -> Inert:
         made = super().__new__(cls)
-        made["made of"] = args, named
+        made["made of"] = args
         return made
 
-    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def __init__(self, *_: Any) -> None: ...
 
     def __setstate__(self, state: Any) -> None:
         self["state"] = state
@@ -639,13 +637,11 @@ class Inert(dict[Any, Any]):
     def append(self, item: Any) -> None:
         self[len(self)] = item
 
-    add = append
-
 
 class Reader(pickle.Unpickler):
     """Reads a pickle without its classes, and of a tensor's storage the digest."""
 
-    def __init__(self, file: IO[bytes], storage: Callable[[str], bytes]) -> None:
+    def __init__(self, file: IO[bytes], storage: Callable[[str], bytes] | None = None) -> None:
         super().__init__(file)
         self._storage = storage
 
@@ -654,49 +650,35 @@ class Reader(pickle.Unpickler):
 
     def persistent_load(self, found: Any) -> Any:
         kind, of, key, *place = found
+        assert self._storage, "it lies elsewhere"
         return kind, of, shortened(self._storage(key)), *place
 
 
 def held_in(path: Path) -> list[str]:
     """What torch.save or pickle wrote there, a line for each value by its path: which objects are
     one, and in which order keys came, is not of it. Of another file, nothing."""
-    with contextlib.suppress(Exception):  # a stranger's file, which need not be what it looks like
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                return [*held_in_zip(archive)]
-        with path.open("rb") as file:
-            if file.read(1) == b"\x80":
-                file.seek(0)
-                return [*held_in_pickles(file)]
+    # A stranger's file need not be what it looks like, and may hold itself.
+    with contextlib.suppress(Exception), path.open("rb") as file:
+        begin = file.read(2)
+        file.seek(0)
+        if begin == b"PK":
+            return [*held_in_zip(zipfile.ZipFile(file))]
+        found = [*held(Reader(file).load())] if begin[:1] == b"\x80" else []
+        return [] if file.read(1) else found
     return []
 
 
 def held_in_zip(archive: zipfile.ZipFile) -> Iterator[str]:
     """By torch.save: the number that it makes of all bytes is left out."""
-    names = archive.namelist()
-    root = names[0].partition("/")[0]
+    root = archive.namelist()[0].partition("/")[0]
     with archive.open(f"{root}/data.pkl") as file:
         yield from held(Reader(file, lambda key: archive.read(f"{root}/data/{key}")).load())
-    for name in names:
+    for name in archive.namelist():
         if not name.startswith((f"{root}/data", f"{root}/.data/serialization_id")):
             yield f"{name} {shortened(archive.read(name))}"
 
 
-def held_in_pickles(file: BinaryIO) -> Iterator[str]:
-    end = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    while file.tell() < end:
-        yield from held(Reader(file, no_storage).load())
-
-
-def no_storage(key: str) -> bytes:
-    raise pickle.UnpicklingError(f"storage {key} lies elsewhere")
-
-
-def held(what: Any, path: str = "", above: tuple[int, ...] = ()) -> Iterator[str]:
-    if id(what) in above:
-        yield f"{path} holds itself"
-        return
+def held(what: Any, path: str = "") -> Iterator[str]:
     if not isinstance(what, dict | list | tuple | set | frozenset):
         exact = shortened(bytes(what)) if isinstance(what, bytes | bytearray) else repr(what)
         yield f"{path} {type(what).__name__} {exact}"
@@ -708,7 +690,7 @@ def held(what: Any, path: str = "", above: tuple[int, ...] = ()) -> Iterator[str
     elif isinstance(what, dict) and "_hooks" in path.rpartition("[")[2]:
         items = enumerate(what.values())  # its key counts all hooks of the process, ours among them
     for key, item in sorted(items, key=lambda pair: repr(pair[0])):
-        yield from held(item, f"{path}[{key!r}]", (*above, id(what)))
+        yield from held(item, f"{path}[{key!r}]")
 
 
 # --- The runs -------------------------------------------------------------------------------------

@@ -33,10 +33,8 @@ from lines import marked_in
 __all__ = ["COMPARED", "COUNTED", "Entry", "Job", "record", "seen", "shortened"]
 
 COMPARED = ("loss", "value", "step", "end")  # in their order; a line stands between two of them
-COUNTED = (
-    *COMPARED,
-    "at",
-)  # by which a kill finds its moment: of others clocks may decide how many
+# By which a kill finds its moment: of others clocks may decide how many.
+COUNTED = (*COMPARED, "at")
 
 
 @dataclass(frozen=True)
@@ -189,6 +187,11 @@ class Recorder:
         for path, bits in leaves(trees):
             self.note("end", bits, place=path)
 
+    def saved(self, obj: Any, f: Any, *_: Any, **__: Any) -> None:
+        """By torch.save, which opens its file by itself."""
+        if isinstance(f, str | os.PathLike):
+            self.write(Entry("open", self.steps, "whole", None, os.path.abspath(f)))
+
     def done(self) -> None:
         for stream in self.streams:
             stream.hear("\n")  # a line that was begun is seen, too
@@ -214,27 +217,31 @@ def watch(recorder: Recorder) -> None:
     autograd.grad = propagating(recorder, autograd.grad)
     tensor.item = reading(recorder, tensor.item)
     tensor.__float__ = reading(recorder, tensor.__float__)
-    base.__init__ = and_then(base.__init__, recorder.optimizers.append)
+    base.__init__ = and_then(
+        base.__init__, lambda owner, *_, **__: recorder.optimizers.append(owner)
+    )
     optimizer.register_optimizer_step_post_hook(recorder.after_step)
     module.register_module_parameter_registration_hook(keep_module)
     module.register_module_buffer_registration_hook(keep_module)
-    torch.save = saving(recorder, torch.save)
+    torch.save = and_then(torch.save, recorder.saved)
     distributed: Any = torch.distributed
     if distributed.is_available():
-        distributed.init_process_group = grouping(recorder, distributed.init_process_group)
+        distributed.init_process_group = and_then(
+            distributed.init_process_group, lambda *_, **__: recorder.note("group")
+        )
     if recorder.job.save_interval:
         import observability
 
         run: Any = observability.Run
-        run.__init__ = and_then(run.__init__, functools.partial(Marks, recorder))
+        run.__init__ = and_then(run.__init__, lambda owner, *_, **__: Marks(recorder, owner))
     sys.addaudithook(opening(recorder))
 
 
-def and_then(call: Any, after: Callable[[Any], object]) -> Any:
+def and_then(call: Any, after: Callable[..., object]) -> Any:
     @functools.wraps(call)
-    def both(owner: Any, *args: Any, **kwargs: Any) -> Any:
-        result = call(owner, *args, **kwargs)
-        after(owner)
+    def both(*args: Any, **kwargs: Any) -> Any:
+        result = call(*args, **kwargs)
+        after(*args, **kwargs)
         return result
 
     return both
@@ -283,27 +290,6 @@ def opening(recorder: Recorder) -> Callable[[str, Any], None]:
             recorder.write(Entry("open", recorder.steps, how, None, path))
 
     return heard
-
-
-def grouping(recorder: Recorder, call: Any) -> Any:
-    @functools.wraps(call)
-    def grouped(*args: Any, **kwargs: Any) -> Any:
-        recorder.note("group")  # at a port that the script may name: one run at a time
-        return call(*args, **kwargs)
-
-    return grouped
-
-
-def saving(recorder: Recorder, call: Any) -> Any:
-    """torch.save opens its file by itself."""
-
-    @functools.wraps(call)
-    def saved(what: Any, file: Any, *args: Any, **kwargs: Any) -> None:
-        call(what, file, *args, **kwargs)
-        if isinstance(file, str | os.PathLike):
-            recorder.write(Entry("open", recorder.steps, "whole", None, os.path.abspath(file)))
-
-    return saved
 
 
 BAR = re.compile(r"%\|.*\||\[\d+:[\d:]+(?:<[\d:?]+)?, |\x1b\[\d*[A-HJK]")  # tqdm's, or moves
