@@ -42,6 +42,7 @@ import tempfile
 import threading
 import time
 import zipfile
+from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -159,10 +160,7 @@ class Recording:
             raise Unanswered(f"the original {self.failure}")
         for entry in self.of("loss", "end"):
             if entry.bits.startswith(UNREADABLE):
-                raise Unanswered(
-                    f"{script} has a tensor that cannot be read, {entry.kind} "
-                    f"{entry.place}: {entry.bits}"
-                )
+                raise Unanswered(f"{script} has a tensor that cannot be read, {entry}")
         if not self.of("loss"):
             raise Unanswered(
                 f"{script} back-propagated no loss in its own process; "
@@ -467,16 +465,12 @@ def processes_differ(killed: Killed, masks: Masks) -> Difference | None:
     if any(place[0] == name for place in masks.free) or not killed.parts:
         return None
     ours = [entry for place, entry in masks.lines.items() if place[0] == name]
-    theirs = [
-        entry
-        for part in killed.parts
-        for entry in part.of("process")
-        if (name, masked(entry.bits)) not in masks.wandering
-    ]
+    theirs = itertools.chain.from_iterable(part.of("process") for part in killed.parts)
     one, other = (
         {masks.without_varying(name, entry.bits): entry for entry in entries}
         for entries in (ours, theirs)
     )
+    other = {k: e for k, e in other.items() if (name, masked(e.bits)) not in masks.wandering}
     odd = sorted(one.keys() ^ other.keys())
     return difference(one.get(odd[0]), other.get(odd[0])) if odd else None
 
@@ -487,31 +481,22 @@ EVALUATION, LAST_OF_EPOCH = "in an evaluation", "at an epoch's last step"
 
 def kill_points(entries: Sequence[Entry]) -> dict[str, list[int]]:
     """Where a kill can tell something: how many entries are through by then, by what it is in."""
-    count, trained = 0, 0
-    at: list[tuple[int, str]] = []  # the steps, and the epoch of each
-    within: list[int] = []
-    saves, evaluating = list[int](), list[int]()
-    for entry in entries:
-        if entry.kind == "save":
-            saves.append(int(entry.bits))
-        elif entry.kind == "eval":
-            evaluating += range(trained + 1, int(entry.bits) + 1)
-        elif entry.kind in COUNTED:
-            count += 1
-            trained = trained if entry.kind == "value" else count
-            if entry.kind == "at":
-                at.append((count, entry.place))
-            else:
-                within.append(count)
+    counted = [*enumerate((entry for entry in entries if entry.kind in COUNTED), 1)]
+    at = [(count, entry.place) for count, entry in counted if entry.kind == "at"]
+    trained = [0, *(count for count, entry in counted if entry.kind != "value")]
+    saves, evaluated = (
+        [int(entry.bits) for entry in entries if entry.kind == kind] for kind in ("save", "eval")
+    )
+    begun = (trained[bisect(trained, last) - 1] + 1 for last in evaluated)
+    evaluating = [*itertools.chain(*(map(range, begun, (last + 1 for last in evaluated))))]
     ends = [count for (count, epoch), (_, later) in itertools.pairwise(at) if epoch != later]
     points = {AFTER_SAVE: saves, EVALUATION: evaluating, LAST_OF_EPOCH: ends}
     points["at the last step"] = [count for count, _ in at[-1:]]
-    others = set(itertools.chain(*points.values()))
-    points["in an epoch"] = [point for point in within if point not in others]
+    steps = {count for count, _ in at}
+    others = steps.union(*points.values())
+    points["in an epoch"] = [count for count, _ in counted if count not in others]
     # From the first checkpoint to the last step or evaluation: what has completed is not resumed.
-    span = range(
-        min(saves, default=0), max([*evaluating, *(count for count, _ in at)], default=-1) + 1
-    )
+    span = range(min(saves, default=0), max(steps.union(evaluating), default=-1) + 1)
     return {name: [point for point in taken if point in span] for name, taken in points.items()}
 
 
@@ -553,19 +538,21 @@ class Copy:
         if self.is_patched:
             own = (options.patched or options.script).with_name("observability.py")
             shutil.copyfile(own if own.exists() else DROP_IN, self.script.with_name(own.name))
-        self.placed = {path: stamp(path) for path in self._files()}
+        self.placed = self._files()
 
-    def _files(self) -> Iterator[Path]:
-        for folder, _, names in os.walk(self.home):
-            for path in (Path(folder, name) for name in names if not name.endswith(".pyc")):
-                if path.is_file() and not path.is_symlink():
-                    yield path
+    def _files(self) -> dict[Path, tuple[int, int]]:
+        """And when each was written, and its size."""
+        walked = os.walk(self.home)
+        paths = (Path(folder, name) for folder, _, names in walked for name in names)
+        kept = (path for path in paths if path.suffix != ".pyc" and not path.is_symlink())
+        found = {path: path.stat() for path in kept if path.is_file()}
+        return {path: (each.st_mtime_ns, each.st_size) for path, each in found.items()}
 
     def written(self, opened: Collection[str]) -> Iterator[Entry]:
         """The lines of the files that are new, were written to or deleted since the copy was made,
         and of those outside the folder that were opened to be written."""
-        now = {path: stamp(path) for path in self._files()}
-        changed = {path for path, found in now.items() if self.placed.get(path) != found}
+        now = self._files()
+        changed = {path for path, _ in now.items() - self.placed.items()}
         elsewhere = {Path(name) for name in opened if name.startswith(os.sep)}
         changed |= {path for path in elsewhere if path.is_file()}
         for path in sorted(changed - {self.script}):
@@ -603,11 +590,6 @@ class Copy:
         name = re.escape(self.script.name)
         text = re.sub(rf"({name}\W{{1,3}}(?:line )?)\d+", r"\1#", text)
         return text.replace(f"{self.folder}{os.sep}", "").replace(str(self.folder), "")
-
-
-def stamp(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_mtime_ns, found.st_size
 
 
 def is_the_drop_ins(path: Path) -> bool:
@@ -802,16 +784,8 @@ class Bench:
     def _run_in(self, copy: Copy, name: str, share: float = 1.0, **more: Any) -> Recording:
         number = next(self.count)
         record = self.work / f"{number}.jsonl"
-        job = Job(
-            str(copy.script),
-            str(copy.start),
-            list(self.options.args),
-            str(record),
-            self.options.seed,
-            self.options.steps,
-            self.options.nproc,
-            **more,
-        )
+        asked = {name: getattr(self.options, name) for name in ("args", "seed", "steps", "nproc")}
+        job = Job(str(copy.script), str(copy.start), record=str(record), **asked, **more)
 
         def tick() -> None:
             if self.stopping.is_set():

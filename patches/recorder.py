@@ -203,32 +203,27 @@ class Recorder:
 
 def watch(recorder: Recorder) -> None:
     """Have torch, the drop-in and Python tell the recorder what the script does."""
-    import torch
-    from torch.nn.modules import module
-    from torch.optim import optimizer
+    torch: Any = recorder.torch
 
     def keep_module(owner: Any, *_: Any) -> None:
         recorder.modules[id(owner)] = owner
 
-    autograd: Any = torch.autograd
-    tensor: Any = torch.Tensor
-    base: Any = optimizer.Optimizer
-    autograd.backward = propagating(recorder, autograd.backward)
-    autograd.grad = propagating(recorder, autograd.grad)
-    tensor.item = reading(recorder, tensor.item)
-    tensor.__float__ = reading(recorder, tensor.__float__)
+    base, module = torch.optim.Optimizer, torch.nn.modules.module
+    torch.autograd.backward = propagating(recorder, torch.autograd.backward)
+    torch.autograd.grad = propagating(recorder, torch.autograd.grad)
+    torch.Tensor.item = reading(recorder, torch.Tensor.item)
+    torch.Tensor.__float__ = reading(recorder, torch.Tensor.__float__)
     base.__init__ = and_then(
         base.__init__, lambda owner, *_, **__: recorder.optimizers.append(owner)
     )
-    optimizer.register_optimizer_step_post_hook(recorder.after_step)
+    torch.optim.optimizer.register_optimizer_step_post_hook(recorder.after_step)
     module.register_module_parameter_registration_hook(keep_module)
     module.register_module_buffer_registration_hook(keep_module)
     torch.save = and_then(torch.save, recorder.saved)
-    distributed: Any = torch.distributed
-    if distributed.is_available():
-        distributed.init_process_group = and_then(
-            distributed.init_process_group, lambda *_, **__: recorder.note("group")
-        )
+    if torch.distributed.is_available():
+        group = torch.distributed.init_process_group
+        grouped = and_then(group, lambda *_, **__: recorder.note("group"))
+        torch.distributed.init_process_group = grouped
     if recorder.job.save_interval:
         import observability
 
