@@ -10,7 +10,8 @@ Each run is a process of its own in a fresh copy of the script's folder, with th
 are the bits of every loss that is back-propagated, every float that the script reads off a tensor
 (validation losses are among them), every optimizer step, and at the end all parameters, buffers,
 optimizer states and random generators; every line that is printed, by the script or what it
-starts; and every file that is written, changed or deleted, line by line where it is text.
+starts; and every file that is written, changed or deleted, line by line where it is text, and of a
+pickle or what torch.save wrote each value.
 
 What the runs of the original print or write differently is masked: of a line the numbers that
 vary, clocks and speeds at once. Not compared are progress bars, warnings, what other threads and

@@ -203,6 +203,8 @@ class Recorder:
 
 def watch(recorder: Recorder) -> None:
     """Have torch, the drop-in and Python tell the recorder what the script does."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
     torch: Any = recorder.torch
 
     def keep_module(owner: Any, *_: Any) -> None:
@@ -216,7 +218,7 @@ def watch(recorder: Recorder) -> None:
     base.__init__ = and_then(
         base.__init__, lambda owner, *_, **__: recorder.optimizers.append(owner)
     )
-    torch.optim.optimizer.register_optimizer_step_post_hook(recorder.after_step)
+    register_optimizer_step_post_hook(recorder.after_step)
     module.register_module_parameter_registration_hook(keep_module)
     module.register_module_buffer_registration_hook(keep_module)
     torch.save = and_then(torch.save, recorder.saved)
