@@ -10,7 +10,8 @@ Each run is a process of its own in a fresh copy of the script's folder, with th
 are the bits of every loss that is back-propagated, every float that the script reads off a tensor
 (validation losses are among them), every optimizer step, and at the end all parameters, buffers,
 optimizer states and random generators; every line that is printed, by the script or what it
-starts; and every file that is written, changed or deleted, line by line where it is text.
+starts; and every file that is written, changed or deleted, line by line where it is text, and of a
+pickle or what torch.save wrote each value.
 
 What the runs of the original print or write differently is masked: of a line the numbers that
 vary, clocks and speeds at once. Not compared are progress bars, warnings, what other threads and
@@ -26,29 +27,32 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import hashlib
 import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import zipfile
+from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from lines import PatchError, marked_numbers, reverse, split_lines
-from recorder import COMPARED, COUNTED, UNREADABLE, Entry, Job, seen
+from recorder import COMPARED, COUNTED, UNREADABLE, Entry, Job, seen, shortened
 
 __all__ = ["Options", "Unanswered", "main", "prove"]
 
@@ -90,7 +94,7 @@ def prove(options: Options, run: Runner | None = None) -> dict[str, Any]:
         originals = [bench.run_original()]
         with ThreadPoolExecutor(bench.room_for(originals[0])) as pool:
             try:
-                kills = pool.submit(bench.kills)
+                kills = pool.submit(bench.kills, len(originals[0].of("step")))
                 patched = pool.submit(bench.run, "patched", bench.patched)
                 originals.append(pool.submit(bench.run_original).result())
                 runs = patched.result(), kills.result()
@@ -141,7 +145,7 @@ class Recording:
         if self.code == 0 or self.of("killed"):
             return ""
         lines = "\n".join(self.output.strip().splitlines()[-5:])
-        return f"it fails with status {self.code}, and these are its last lines:\n{lines}"
+        return f"fails with status {self.code}, and these are its last lines:\n{lines}"
 
     @property
     def resumed(self) -> Entry | None:
@@ -154,13 +158,10 @@ class Recording:
 
     def check(self, script: Path) -> None:
         if self.code:
-            raise Unanswered(f"{script} fails before it is patched: {self.failure}")
+            raise Unanswered(f"the original {self.failure}")
         for entry in self.of("loss", "end"):
             if entry.bits.startswith(UNREADABLE):
-                raise Unanswered(
-                    f"{script} has a tensor that cannot be read, {entry.kind} "
-                    f"{entry.place}: {entry.bits}"
-                )
+                raise Unanswered(f"{script} has a tensor that cannot be read, {entry}")
         if not self.of("loss"):
             raise Unanswered(
                 f"{script} back-propagated no loss in its own process; "
@@ -239,6 +240,7 @@ CLOCK = re.compile(
     r"(?:[mun]?s|secs?|seconds?|minutes?|h|hours?|\w*/s(?:ec\w*)?|s/\w+)\b",
     re.I,
 )
+PADDING = re.compile(r"(?<! ) +(?=[\0\v])|(?<=[\0\v]) +")  # of a number to its column's width
 NUMBER = re.compile(r"0x[0-9a-f]+|-?\d+(?:\.\d*)?(?:e[+-]?\d+)?|\b-?(?:nan|inf)\b", re.I)
 
 SAID = ("line", "process", "file")
@@ -260,7 +262,7 @@ def transcript(
         elif entry.kind in SAID:
             name = f"{entry.kind} {entry.place}"
             key = name, slot if name == PRINTED else 0
-            if not without or (key[0], template(entry.bits)) not in without:
+            if not without or (key[0], masked(entry.bits)) not in without:
                 lines[key[0], key[1], within[key]] = entry
                 within[key] += 1
     return lines
@@ -271,13 +273,9 @@ def masked(text: str, varying: Collection[int] | None = None) -> str:
     count = itertools.count()
 
     def shown(number: re.Match[str]) -> str:
-        return "#" if varying is None or next(count) in varying else number[0]
+        return "\0" if varying is None or next(count) in varying else number[0]
 
-    return NUMBER.sub(shown, CLOCK.sub("<time>", text))
-
-
-def template(text: str) -> str:
-    return masked(text)
+    return PADDING.sub("", NUMBER.sub(shown, CLOCK.sub("\v", text)))
 
 
 class Masks:
@@ -304,15 +302,15 @@ class Masks:
             if one and other and one.bits == other.bits:
                 continue
             self.varies = self.varies or difference(one, other)
-            if not one or not other or template(one.bits) != template(other.bits):
+            if not one or not other or masked(one.bits) != masked(other.bits):
                 self.free.add(place)
             else:
                 pairs = zip(numbers(one.bits), numbers(other.bits), strict=True)
                 varying = {i for i, (a, b) in enumerate(pairs) if a != b}
-                self.loose[place[0], template(one.bits)] |= varying
+                self.loose[place[0], masked(one.bits)] |= varying
 
     def without_varying(self, name: str, line: str) -> str:
-        return masked(line, self.loose.get((name, template(line)), ()))
+        return masked(line, self.loose.get((name, masked(line)), ()))
 
     def same(self, name: str, one: Entry | None, other: Entry | None) -> bool:
         if one is None or other is None or one.bits == other.bits:
@@ -360,14 +358,14 @@ def wandering(ours: Mapping[Place, Entry], theirs: Mapping[Place, Entry]) -> set
     sizes = [Counter(place[:2] for place in lines) for lines in (ours, theirs)]
     uneven = {slot for slot in sizes[0] | sizes[1] if sizes[0][slot] != sizes[1][slot]}
     one, other = (
-        Counter((p[:2], template(entry.bits)) for p, entry in lines.items() if p[:2] in uneven)
+        Counter((p[:2], masked(entry.bits)) for p, entry in lines.items() if p[:2] in uneven)
         for lines in (ours, theirs)
     )
     return {(slot[0], kind) for slot, kind in (one - other) + (other - one)}
 
 
 def numbers(text: str) -> list[str]:
-    return NUMBER.findall(CLOCK.sub("<time>", text))
+    return NUMBER.findall(CLOCK.sub("", text))
 
 
 # --- Kills ----------------------------------------------------------------------------------------
@@ -411,9 +409,11 @@ def resume(
         return {"verdict": "unanswered", "why": why}
     whole, runs = killed.whole, (killed.whole, *killed.parts)
     alone = numbers_differ(originals[0], whole) or next(masks.differences(whole.entries), None)
-    parts = find(part_differs(whole, part, masks) for part in killed.parts)
+    # All numbers before any line: that a folder has the next number is no cause.
+    parts = [part_differs(whole, part, masks) for part in killed.parts]
+    apart = find(one for one, _ in parts) or find(one for _, one in parts)
     others, appended = files_differ(killed, masks)
-    found = alone or parts or others or processes_differ(killed, masks)
+    found = alone or apart or others or processes_differ(killed, masks)
     broken, failed = find(run.failure for run in runs), find(run.failed_save for run in runs)
     why = failed or broken or ("saving alone changes the run" if alone else "")
     answer = "differs" if broken or found else "identical"
@@ -430,8 +430,10 @@ def resume(
     }
 
 
-def part_differs(whole: Recording, part: Recording, masks: Masks) -> Difference | None:
-    """Find where in the uninterrupted run a process began, and compare from there on."""
+def part_differs(
+    whole: Recording, part: Recording, masks: Masks
+) -> tuple[Difference | None, Difference | None]:
+    """The first number and the first line that are others, from where the process resumed."""
     ours, mark = whole.of(*COUNTED), part.resumed
     theirs = [entry for entry in part.afterwards if entry.kind in COUNTED]
     at = int(mark.bits) if mark else 0
@@ -442,7 +444,7 @@ def part_differs(whole: Recording, part: Recording, masks: Masks) -> Difference 
     lines = masks.differences(
         part.afterwards, ("line",), since, through if part.of("killed") else math.inf
     )
-    return first_difference(ours, theirs) or next(lines, None)
+    return first_difference(ours, theirs), next(lines, None)
 
 
 def files_differ(killed: Killed, masks: Masks) -> tuple[Difference | None, list[str]]:
@@ -464,16 +466,12 @@ def processes_differ(killed: Killed, masks: Masks) -> Difference | None:
     if any(place[0] == name for place in masks.free) or not killed.parts:
         return None
     ours = [entry for place, entry in masks.lines.items() if place[0] == name]
-    theirs = [
-        entry
-        for part in killed.parts
-        for entry in part.of("process")
-        if (name, template(entry.bits)) not in masks.wandering
-    ]
+    theirs = itertools.chain.from_iterable(part.of("process") for part in killed.parts)
     one, other = (
         {masks.without_varying(name, entry.bits): entry for entry in entries}
         for entries in (ours, theirs)
     )
+    other = {k: e for k, e in other.items() if (name, masked(e.bits)) not in masks.wandering}
     odd = sorted(one.keys() ^ other.keys())
     return difference(one.get(odd[0]), other.get(odd[0])) if odd else None
 
@@ -484,31 +482,22 @@ EVALUATION, LAST_OF_EPOCH = "in an evaluation", "at an epoch's last step"
 
 def kill_points(entries: Sequence[Entry]) -> dict[str, list[int]]:
     """Where a kill can tell something: how many entries are through by then, by what it is in."""
-    count, trained = 0, 0
-    at: list[tuple[int, str]] = []  # the steps, and the epoch of each
-    within: list[int] = []
-    saves, evaluating = list[int](), list[int]()
-    for entry in entries:
-        if entry.kind == "save":
-            saves.append(int(entry.bits))
-        elif entry.kind == "eval":
-            evaluating += range(trained + 1, int(entry.bits) + 1)
-        elif entry.kind in COUNTED:
-            count += 1
-            trained = trained if entry.kind == "value" else count
-            if entry.kind == "at":
-                at.append((count, entry.place))
-            else:
-                within.append(count)
+    counted = [*enumerate((entry for entry in entries if entry.kind in COUNTED), 1)]
+    at = [(count, entry.place) for count, entry in counted if entry.kind == "at"]
+    trained = [0, *(count for count, entry in counted if entry.kind != "value")]
+    saves, evaluated = (
+        [int(entry.bits) for entry in entries if entry.kind == kind] for kind in ("save", "eval")
+    )
+    begun = (trained[bisect(trained, last) - 1] + 1 for last in evaluated)
+    evaluating = [*itertools.chain(*(map(range, begun, (last + 1 for last in evaluated))))]
     ends = [count for (count, epoch), (_, later) in itertools.pairwise(at) if epoch != later]
     points = {AFTER_SAVE: saves, EVALUATION: evaluating, LAST_OF_EPOCH: ends}
     points["at the last step"] = [count for count, _ in at[-1:]]
-    others = set(itertools.chain(*points.values()))
-    points["in an epoch"] = [point for point in within if point not in others]
+    steps = {count for count, _ in at}
+    others = steps.union(*points.values())
+    points["in an epoch"] = [count for count, _ in counted if count not in others]
     # From the first checkpoint to the last step or evaluation: what has completed is not resumed.
-    span = range(
-        min(saves, default=0), max([*evaluating, *(count for count, _ in at)], default=-1) + 1
-    )
+    span = range(min(saves, default=0), max(steps.union(evaluating), default=-1) + 1)
     return {name: [point for point in taken if point in span] for name, taken in points.items()}
 
 
@@ -550,19 +539,21 @@ class Copy:
         if self.is_patched:
             own = (options.patched or options.script).with_name("observability.py")
             shutil.copyfile(own if own.exists() else DROP_IN, self.script.with_name(own.name))
-        self.placed = {path: stamp(path) for path in self._files()}
+        self.placed = self._files()
 
-    def _files(self) -> Iterator[Path]:
-        for folder, _, names in os.walk(self.home):
-            for path in (Path(folder, name) for name in names if not name.endswith(".pyc")):
-                if path.is_file() and not path.is_symlink():
-                    yield path
+    def _files(self) -> dict[Path, tuple[int, int]]:
+        """And when each was written, and its size."""
+        walked = os.walk(self.home)
+        paths = (Path(folder, name) for folder, _, names in walked for name in names)
+        kept = (path for path in paths if path.suffix != ".pyc" and not path.is_symlink())
+        found = {path: path.stat() for path in kept if path.is_file()}
+        return {path: (each.st_mtime_ns, each.st_size) for path, each in found.items()}
 
     def written(self, opened: Collection[str]) -> Iterator[Entry]:
         """The lines of the files that are new, were written to or deleted since the copy was made,
         and of those outside the folder that were opened to be written."""
-        now = {path: stamp(path) for path in self._files()}
-        changed = {path for path, found in now.items() if self.placed.get(path) != found}
+        now = self._files()
+        changed = {path for path, _ in now.items() - self.placed.items()}
         elsewhere = {Path(name) for name in opened if name.startswith(os.sep)}
         changed |= {path for path in elsewhere if path.is_file()}
         for path in sorted(changed - {self.script}):
@@ -572,21 +563,23 @@ class Copy:
             yield Entry("file", 0, "deleted", None, self.name(path))
 
     def _lines(self, path: Path) -> Iterator[Entry]:
+        for line in held_in(path) or self._read(path):
+            yield Entry("file", 0, self.tidy(line), None, self.name(path))
+
+    def _read(self, path: Path) -> Iterator[str]:
         with path.open("rb") as file:
-            blocks = iter(lambda: file.read(BLOCK), b"")
-            for line in itertools.chain.from_iterable(
-                map(self._text, itertools.chain([b""], blocks))
-            ):
-                yield Entry("file", 0, line, None, self.name(path))
+            yield ""  # shows that the file is there
+            for block in iter(lambda: file.read(BLOCK), b""):
+                yield from self._text(block)
 
     def _text(self, block: bytes) -> Sequence[str]:
-        """Its lines; of what is no text a digest, and an empty one shows that the file is there."""
+        """Its lines; of what is no text a digest."""
         if block == self.source:
             return ["the script"]  # which the patch has changed
         if b"\0" not in block:
             with contextlib.suppress(UnicodeDecodeError):
-                return self.tidy(block.decode()).split("\n")
-        return [f"bits {hashlib.sha256(block.replace(bytes(self.folder), b'')).hexdigest()[:32]}"]
+                return block.decode().split("\n")
+        return [f"bits {shortened(block.replace(bytes(self.folder), b''))}"]
 
     def name(self, path: Path | str) -> str:
         """From the script's folder; of what is elsewhere the whole path."""
@@ -600,17 +593,87 @@ class Copy:
         return text.replace(f"{self.folder}{os.sep}", "").replace(str(self.folder), "")
 
 
-def stamp(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_mtime_ns, found.st_size
-
-
 def is_the_drop_ins(path: Path) -> bool:
     """In one of its runs or checkpoints, or beside these."""
     manifest = "run_manifest.json"
     within = any((folder / manifest).exists() for folder in path.parents)
     beside = path.name.startswith(("latest", ".launch-")) and any(path.parent.glob(f"*/{manifest}"))
     return within or beside or (path.suffix == ".obs" and "tfevents" in path.name)
+
+
+# --- What a pickle holds --------------------------------------------------------------------------
+
+
+class Inert(dict[Any, Any]):
+    """Stands for whatever a pickle would call or make: nothing of a stranger's is run."""
+
+    def __new__(cls, *args: Any) -> Inert:
+        made = super().__new__(cls)
+        made["made of"] = args
+        return made
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None:
+        self["state"] = state
+
+    def append(self, item: Any) -> None:
+        self[len(self)] = item
+
+
+class Reader(pickle.Unpickler):
+    """Reads a pickle without its classes, and of a tensor's storage the digest."""
+
+    def __init__(self, file: IO[bytes], storage: Callable[[str], bytes] | None = None) -> None:
+        super().__init__(file)
+        self._storage = storage
+
+    def find_class(self, module: str, name: str) -> Any:
+        return type(f"{module}.{name}", (Inert,), {})
+
+    def persistent_load(self, found: Any) -> Any:
+        kind, of, key, *place = found
+        assert self._storage, "it lies elsewhere"
+        return kind, of, shortened(self._storage(key)), *place
+
+
+def held_in(path: Path) -> list[str]:
+    """What torch.save or pickle wrote there, a line for each value by its path: which objects are
+    one, and in which order keys came, is not of it. Of another file, nothing."""
+    # A stranger's file need not be what it looks like, and may hold itself.
+    with contextlib.suppress(Exception), path.open("rb") as file:
+        begin = file.read(2)
+        file.seek(0)
+        if begin == b"PK":
+            return [*held_in_zip(zipfile.ZipFile(file))]
+        found = [*held(Reader(file).load())] if begin[:1] == b"\x80" else []
+        return [] if file.read(1) else found
+    return []
+
+
+def held_in_zip(archive: zipfile.ZipFile) -> Iterator[str]:
+    """By torch.save: the number that it makes of all bytes is left out."""
+    root = archive.namelist()[0].partition("/")[0]
+    with archive.open(f"{root}/data.pkl") as file:
+        yield from held(Reader(file, lambda key: archive.read(f"{root}/data/{key}")).load())
+    for name in archive.namelist():
+        if not name.startswith((f"{root}/data", f"{root}/.data/serialization_id")):
+            yield f"{name} {shortened(archive.read(name))}"
+
+
+def held(what: Any, path: str = "") -> Iterator[str]:
+    if not isinstance(what, dict | list | tuple | set | frozenset):
+        exact = shortened(bytes(what)) if isinstance(what, bytes | bytearray) else repr(what)
+        yield f"{path} {type(what).__name__} {exact}"
+        return
+    yield f"{path} {type(what).__name__} of {len(what)}"
+    items = what.items() if isinstance(what, dict) else enumerate(what)
+    if isinstance(what, set | frozenset):
+        items = enumerate(sorted(what, key=repr))
+    elif isinstance(what, dict) and "_hooks" in path.rpartition("[")[2]:
+        items = enumerate(what.values())  # its key counts all hooks of the process, ours among them
+    for key, item in sorted(items, key=lambda pair: repr(pair[0])):
+        yield from held(item, f"{path}[{key!r}]")
 
 
 # --- The runs -------------------------------------------------------------------------------------
@@ -656,10 +719,14 @@ class Bench:
 
     def room_for(self, original: Recording) -> int:
         """How many runs there is room for at once: a GPU's memory is all a script's, and files
-        outside of the folder are the same for all."""
+        outside of the folder and a port that it names are the same for all."""
         gpu = any(entry.place.startswith("random cuda") for entry in original.of("end"))
         outside = any(entry.place.startswith(os.sep) for entry in original.of("file"))
-        return 1 if gpu or outside or self.options.nproc > 1 else min(2, os.cpu_count() or 1)
+        return (
+            1
+            if gpu or outside or original.of("group") or self.options.nproc > 1
+            else min(2, os.cpu_count() or 1)
+        )
 
     def _copy(self, source: bytes) -> Copy:
         return Copy(self.options, self.project, self.work / f"{next(self.count):02}", source)
@@ -682,12 +749,12 @@ class Bench:
         recording.check(self.options.script)
         return recording
 
-    def kills(self) -> Killed | None:
+    def kills(self, steps: int) -> Killed | None:
         """An uninterrupted run that saves, and one that is killed where that can tell something."""
         if not self.options.kill or not can_resume(self.patched):
             return None
         draw = random.Random(self.options.seed)
-        every = draw.choice((1, 2, 3))
+        every = min(draw.choice((1, 2, 3)), max(1, steps // 3))  # a step after a save is left
         whole = self.run("saving", self.patched, save_interval=every, settled=True)
         if whole.failure:
             return Killed(every, whole)
@@ -718,16 +785,8 @@ class Bench:
     def _run_in(self, copy: Copy, name: str, share: float = 1.0, **more: Any) -> Recording:
         number = next(self.count)
         record = self.work / f"{number}.jsonl"
-        job = Job(
-            str(copy.script),
-            str(copy.start),
-            list(self.options.args),
-            str(record),
-            self.options.seed,
-            self.options.steps,
-            self.options.nproc,
-            **more,
-        )
+        asked = {name: getattr(self.options, name) for name in ("args", "seed", "steps", "nproc")}
+        job = Job(str(copy.script), str(copy.start), record=str(record), **asked, **more)
 
         def tick() -> None:
             if self.stopping.is_set():
@@ -851,8 +910,14 @@ def environment(job: Job) -> dict[str, str]:
     # A drop-in that is turned off proves nothing; sets of strings differ in order by the hash seed.
     given = {k: v for k, v in os.environ.items() if k not in ("OBS_DISABLE", "OBS_RESUME")}
     ours = {"PYTHONHASHSEED": str(job.seed % 2**32), "OBS_PLOT_INTERVAL": "0", **given}
+    ours["MASTER_PORT"] = str(free_port())  # another run, or what began us, may hold the one given
     saves = {"OBS_RESUME": "auto", "SAVE_INTERVAL": str(job.save_interval)}
     return ours | (saves if job.save_interval else {})
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def read_lines(path: Path) -> Iterator[Any]:

@@ -30,13 +30,11 @@ from typing import Any, NamedTuple
 
 from lines import marked_in
 
-__all__ = ["COMPARED", "COUNTED", "Entry", "Job", "record", "seen"]
+__all__ = ["COMPARED", "COUNTED", "Entry", "Job", "record", "seen", "shortened"]
 
 COMPARED = ("loss", "value", "step", "end")  # in their order; a line stands between two of them
-COUNTED = (
-    *COMPARED,
-    "at",
-)  # by which a kill finds its moment: of others clocks may decide how many
+# By which a kill finds its moment: of others clocks may decide how many.
+COUNTED = (*COMPARED, "at")
 
 
 @dataclass(frozen=True)
@@ -189,6 +187,11 @@ class Recorder:
         for path, bits in leaves(trees):
             self.note("end", bits, place=path)
 
+    def saved(self, obj: Any, f: Any, *_: Any, **__: Any) -> None:
+        """By torch.save, which opens its file by itself."""
+        if isinstance(f, str | os.PathLike):
+            self.write(Entry("open", self.steps, "whole", None, os.path.abspath(f)))
+
     def done(self) -> None:
         for stream in self.streams:
             stream.hear("\n")  # a line that was begun is seen, too
@@ -200,38 +203,42 @@ class Recorder:
 
 def watch(recorder: Recorder) -> None:
     """Have torch, the drop-in and Python tell the recorder what the script does."""
-    import torch
-    from torch.nn.modules import module
-    from torch.optim import optimizer
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    torch: Any = recorder.torch
 
     def keep_module(owner: Any, *_: Any) -> None:
         recorder.modules[id(owner)] = owner
 
-    autograd: Any = torch.autograd
-    tensor: Any = torch.Tensor
-    base: Any = optimizer.Optimizer
-    autograd.backward = propagating(recorder, autograd.backward)
-    autograd.grad = propagating(recorder, autograd.grad)
-    tensor.item = reading(recorder, tensor.item)
-    tensor.__float__ = reading(recorder, tensor.__float__)
-    base.__init__ = and_then(base.__init__, recorder.optimizers.append)
-    optimizer.register_optimizer_step_post_hook(recorder.after_step)
+    base, module = torch.optim.Optimizer, torch.nn.modules.module
+    torch.autograd.backward = propagating(recorder, torch.autograd.backward)
+    torch.autograd.grad = propagating(recorder, torch.autograd.grad)
+    torch.Tensor.item = reading(recorder, torch.Tensor.item)
+    torch.Tensor.__float__ = reading(recorder, torch.Tensor.__float__)
+    base.__init__ = and_then(
+        base.__init__, lambda owner, *_, **__: recorder.optimizers.append(owner)
+    )
+    register_optimizer_step_post_hook(recorder.after_step)
     module.register_module_parameter_registration_hook(keep_module)
     module.register_module_buffer_registration_hook(keep_module)
-    torch.save = saving(recorder, torch.save)
+    torch.save = and_then(torch.save, recorder.saved)
+    if torch.distributed.is_available():
+        group = torch.distributed.init_process_group
+        grouped = and_then(group, lambda *_, **__: recorder.note("group"))
+        torch.distributed.init_process_group = grouped
     if recorder.job.save_interval:
         import observability
 
         run: Any = observability.Run
-        run.__init__ = and_then(run.__init__, functools.partial(Marks, recorder))
+        run.__init__ = and_then(run.__init__, lambda owner, *_, **__: Marks(recorder, owner))
     sys.addaudithook(opening(recorder))
 
 
-def and_then(call: Any, after: Callable[[Any], object]) -> Any:
+def and_then(call: Any, after: Callable[..., object]) -> Any:
     @functools.wraps(call)
-    def both(owner: Any, *args: Any, **kwargs: Any) -> Any:
-        result = call(owner, *args, **kwargs)
-        after(owner)
+    def both(*args: Any, **kwargs: Any) -> Any:
+        result = call(*args, **kwargs)
+        after(*args, **kwargs)
         return result
 
     return both
@@ -242,9 +249,11 @@ def propagating(recorder: Recorder, call: Any) -> Any:
     def noted(*args: Any, **kwargs: Any) -> Any:
         given: Any = args[0] if args else kwargs.get("tensors", kwargs.get("outputs"))
         for loss in [given] if hasattr(given, "detach") else given:
-            single = hasattr(loss, "numel") and loss.numel() == 1 and loss.is_floating_point()
-            value = loss.detach().reshape(-1).tolist()[0] if single else None
-            recorder.note("loss", bits_of(loss), value)
+            bits = bits_of(loss)
+            single = loss.numel() == 1 and loss.is_floating_point() and UNREADABLE not in bits
+            if bits != WITHOUT_VALUES:  # on the meta device, to count its operations
+                value = loss.detach().reshape(-1).tolist()[0] if single else None
+                recorder.note("loss", bits, value)
         return call(*args, **kwargs)
 
     return noted
@@ -280,18 +289,6 @@ def opening(recorder: Recorder) -> Callable[[str, Any], None]:
     return heard
 
 
-def saving(recorder: Recorder, call: Any) -> Any:
-    """torch.save opens its file by itself."""
-
-    @functools.wraps(call)
-    def saved(what: Any, file: Any, *args: Any, **kwargs: Any) -> None:
-        call(what, file, *args, **kwargs)
-        if isinstance(file, str | os.PathLike):
-            recorder.write(Entry("open", recorder.steps, "whole", None, os.path.abspath(file)))
-
-    return saved
-
-
 BAR = re.compile(r"%\|.*\||\[\d+:[\d:]+(?:<[\d:?]+)?, |\x1b\[\d*[A-HJK]")  # tqdm's, or moves
 
 
@@ -299,6 +296,19 @@ def seen(line: str) -> str:
     """What stands there in the end; '' of a progress bar, and of what the drop-in says."""
     text = line.rstrip("\r").rpartition("\r")[2].partition("observability: ")[0]
     return "" if not text.strip() or BAR.search(text) else text
+
+
+ONCE = re.compile(r"_?(?:rank_zero_)?(?:warn|warning|info|debug|error|log)_once")
+
+
+def comes_once(frame: types.FrameType | None) -> bool:
+    """In a process: by a warning, or logging's of that kind. A resumed process says it again."""
+    while frame is not None:
+        module = frame.f_globals.get("__name__")
+        if module in ("warnings", "_py_warnings") or ONCE.fullmatch(frame.f_code.co_name):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Stream:
@@ -312,8 +322,7 @@ class Stream:
 
     def write(self, text: str) -> Any:
         by = str(sys._getframe(1).f_globals.get("__name__"))
-        # A process shows a warning once: a resumed one again.
-        is_aside = threading.get_ident() != self.thread or by in ("warnings", "_py_warnings")
+        is_aside = threading.get_ident() != self.thread or comes_once(sys._getframe(1))
         if by.rpartition(".")[2] != "observability":  # whose line may come in the middle of one
             self.hear(text, "aside" if is_aside else "line")  # first, as the kill may be due
         return self.print(text)
@@ -385,14 +394,14 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, shortened(tree.tobytes())
 
 
-UNREADABLE = "unreadable"
+UNREADABLE, WITHOUT_VALUES = "unreadable", "without values"
 EMPTY = {"UninitializedParameter", "UninitializedBuffer", "FakeTensor"}  # of shapes alone
 
 
 def bits_of(tensor: Any) -> str:
     """Its exact bits, of more than a few their digest."""
     if tensor.is_meta or type(tensor).__name__ in EMPTY:
-        return "without values"
+        return WITHOUT_VALUES
     try:
         dense = tensor if str(tensor.layout) == "torch.strided" else tensor.to_dense()
         flat = dense.detach().cpu().resolve_conj().resolve_neg().contiguous()

@@ -7,10 +7,13 @@ import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
+from collections import OrderedDict
 from pathlib import Path
+from pickle import dumps
 
 import prove
 import pytest
@@ -228,11 +231,15 @@ CLOCKS = {
     "by descriptor": "    os.write(1, f'at {step}\\n'.encode())\n",
     "a heartbeat": "    threading.Timer(0.01, print, ['alive', time.time()]).start()\n",
     "deaf to signals": "    signal.signal(signal.SIGTERM, lambda *_: None)\n",
+    "padded": "    print(f'ms/batch {os.urandom(1)[0]:5d} |')\n",
+    "once in a process": "    warning_once('deprecated')\n",
     "what lay there": "    print('old' if os.path.exists('f') else 'new'); open('f', 'w')\n",
 }
 MODULES = (
     "import logging, pickle, shutil, signal, subprocess, sys, tempfile, threading, time, tqdm\n"
-    "import uuid, warnings\n"
+    "import functools, uuid, warnings\n"
+    "@functools.cache\n"
+    "def warning_once(text): logging.warning(text)\n"
 )
 
 
@@ -295,7 +302,7 @@ def test_a_run_that_a_process_shows_otherwise_after_a_kill_differs(script):
     ("line", "said"),
     [
         ("if step == 4: os._exit(0)", "by os._exit"),
-        ("if step == 4: raise SystemExit(3)", "status 3"),
+        ("if step == 4: raise SystemExit(3)", "^the original fails with status 3"),
         ("input()", "EOFError"),
         ("raise OSError(28, os.strerror(28))", "a disk is full"),
     ],
@@ -333,6 +340,70 @@ def test_a_script_that_saves_its_weights_saves_the_same(script):
     report = prove_script(script, kill=2)
     assert (report["verdict"], report["resume"]["verdict"]) == ("identical", "identical")
     assert report["counts"]["file"] == 1
+
+
+SHARED = [1.5, 2.5]
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda what, path: path.write_bytes(dumps(what))])
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        ([SHARED, SHARED], [SHARED, [1.5, 2.5]], True),
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}, True),
+        ({"a": 1}, {"a": 1.0}, False),
+        ({"a": 1}, {"b": 1}, False),
+        ({1: 1}, {"1": 1}, False),
+        (["1"], [1], False),
+        ([None], [False], False),
+        ([b"1"], ["1"], False),
+        ([(1,)], [[1]], False),
+        (Path("a"), Path("b"), False),
+        (OrderedDict(a=1), {"a": 1}, False),
+        (torch.ones(3), torch.nn.Parameter(torch.ones(3)), False),
+        (torch.ones(3), torch.ones(3).nextafter(torch.tensor(2.0)), False),
+        (torch.ones(3), torch.ones(3, dtype=torch.double), False),
+        (torch.ones(4)[:2], torch.ones(4)[:3], False),
+        (torch.tensor([0.0]), torch.tensor([-0.0]), False),
+    ],
+)
+def test_a_pickle_is_compared_by_the_values_that_it_holds(tmp_path, save, one, other, is_same):
+    paths = tmp_path / "one.pt", tmp_path / "other.pt"
+    for path, what in zip(paths, (one, other), strict=True):
+        save(what, path)
+    held = [[line.replace(p.stem, "") for line in prove.held_in(p)] for p in paths]
+    assert all(held)
+    assert (held[0] == held[1]) == is_same
+
+
+class Mine:
+    def __reduce__(self):
+        return os.mkdir, ("made",)
+
+
+@pytest.mark.parametrize("data", [dumps([1, Mine()]), dumps(1) + b"more", b"PK\3\4", b"\x80.", b""])
+def test_no_code_of_a_pickle_is_run_and_what_is_none_is_compared_by_its_bytes(
+    tmp_path, monkeypatch, data
+):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_bytes(data)
+    assert bool(prove.held_in(Path("file"))) == (b"mkdir" in data)
+    assert not Path("made").exists()
+
+
+def test_a_file_of_torch_is_the_same_with_its_keys_in_another_order_and_other_hooks(script):
+    say(script, "", "model.register_forward_hook(print).remove()\n")
+    saved = "torch.save({'a': 1, 'b': seen}, 'end.pt')\n"
+    with script.open("a") as file:
+        file.write(f"seen = torch.nn.Linear(1, 1); seen.register_forward_hook(os.getcwd)\n{saved}")
+    hook = "model.register_forward_hook(print).remove()\n"
+    report = prove_wrong(
+        script, ("'a': 1, 'b': seen", "'b': seen, 'a': 1"), ("seen =", f"{hook}seen =")
+    )
+    assert report["verdict"] == "identical", report
+    report = prove_wrong(script, ("'a': 1, 'b': seen", "'b': seen, 'a': 2"))
+    found = report["first_difference"]
+    assert (found["place"], found["patched"]) == ("end.pt", "file end.pt ['a'] int 2")
 
 
 # --- Kills ----------------------------------------------------------------------------------------
@@ -408,6 +479,26 @@ def test_a_log_that_a_killed_run_goes_on_with_is_named_as_not_compared(script, m
     say(script, line, f"log = open('log.txt', '{mode}')\n")
     resume = prove_script(script, kill=9, seed=5)["resume"]
     assert (resume["verdict"], resume["files_not_compared"]) == ("identical", "log.txt")
+
+
+def test_numbers_are_named_before_a_line_that_tells_what_lay_there(script):
+    number = "number = sum(name[0] == 'r' for name in os.listdir())\n"
+    number += "os.mkdir(f'r{number}'); print('in', number)\n"
+    say(script, "    mean.weight.data += 1\n", f"mean = torch.nn.Linear(1, 1)\n{number}")
+    resume = prove_script(script, kill=2)["resume"]
+    found = resume["first_difference"]
+    assert (resume["verdict"], found["kind"], found["place"]) == (
+        "differs",
+        "end",
+        "Linear 2.weight",
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_shortest_run_is_killed_after_a_save(script, steps):
+    edit(script, ("step < 10", f"step < {steps}"))
+    resume = prove_script(script, kill=1, seed=5)["resume"]
+    assert (resume["verdict"], resume["save_interval"]) == ("identical", 1), resume
 
 
 def test_a_save_that_failed_is_the_reason(script):
@@ -566,6 +657,29 @@ def test_a_tensor_that_cannot_be_read_is_not_vouched_for(script):
     entry = recorder.Entry(kind="loss", bits=bits[0], step=1)
     with pytest.raises(prove.Unanswered, match="cannot be read, loss"):
         prove.Recording(0, "", [entry], {}).check(script)
+
+
+def test_a_loss_without_values_is_left_out(script):
+    flops = "torch.nn.Linear(2, 2, device='meta')(torch.ones(1, 2, device='meta')).sum().backward()"
+    report = prove_script(say(script, f"    {flops}\n"))
+    assert (report["verdict"], report["counts"]["loss"]) == ("identical", 10)
+
+
+@pytest.mark.parametrize("names_it", ["", "os.environ['MASTER_PORT'] = '{}'\n"])
+def test_runs_at_once_that_are_a_group_each_find_a_port(script, monkeypatch, names_it):
+    port = str(prove.free_port())
+    group = "import torch.distributed as dist\nos.environ['MASTER_ADDR'] = 'localhost'\n"
+    group += names_it.format(port)
+    say(script, "", f"{group}dist.init_process_group('gloo', rank=0, world_size=1)\n")
+    with script.open("a") as file:
+        file.write("__import__('time').sleep(0.5); dist.destroy_process_group()\n")
+    monkeypatch.setenv("MASTER_PORT", port)
+    holder = (
+        contextlib.nullcontext() if names_it else socket.create_server(("localhost", int(port)))
+    )
+    with holder:
+        report = prove_script(script, kill=1)
+    assert (report["verdict"], report["resume"]["verdict"]) == ("identical", "identical"), report
 
 
 def test_parameters_that_have_no_values_yet_are_no_hindrance(script):
