@@ -389,6 +389,10 @@ NOT_BATCH = re.compile(
 def stepped(n: TrainingLoop) -> Found:
     """`obs.step(step, loss=loss, batch=x)` at each end of an iteration that stepped."""
     found: list[Insertion] = []
+    if block := stepping_branch(n):
+        yield from _step_in_helper(n, block)
+        yield _missed(block[0], "where this function does not step, it may evaluate")
+        return
     for end in n.ends:
         if isinstance(end, StepSpot):
             found += n.add(end.spot, "step", _step(n, end), "likely" if end.test else "sure")
@@ -401,19 +405,30 @@ def stepped(n: TrainingLoop) -> Found:
         yield note(n.inner, text)
 
 
-def counted_in_helper(n: TrainingLoop) -> Iterator[Note]:
-    """`def update(): … if ready: opt.step()`: the loop cannot see whether it did."""
+def _step_in_helper(n: TrainingLoop, block: list[ast.stmt]) -> Iterator[Insertion]:
+    scope, spot = n.script.scope_of(block[0]), Spot(block, len(block))
+    calls = [call for call in n.script.calls if n.script.scope_of(call) is scope]
+    given = [(call, propagated(call, n.roles)) for call in calls]
+    found = [loss for call, expr in given if expr for loss in named(n, expr, call)]
+    codes = [x.code for x in found if {*map(root, x.reads)} <= n.script.bound(spot)]
+    loss = "".join(f"loss={code}" for code in codes[-1:])
+    yield from n.add(spot, "step", f"{n.obs}.step({loss})")
+
+
+def stepping_branch(n: TrainingLoop) -> list[ast.stmt]:
+    """The body of `if train:` in the function that steps: the loop cannot see whether it did."""
     for update in n.nest.updates:
         tests = [test for test, _ in n.script.above(update.call) if isinstance(test, ast.If)]
         elsewhere = n.script.scope_of(update.call) is not n.scope
-        if elsewhere and not all(test.orelse for test in tests):
-            text = "this function steps under a condition; every iteration that calls it is "
-            yield note(update.call, f"{text}counted as a step")
+        if elsewhere and tests and not all(test.orelse for test in tests):
+            block = n.script.home[n.script.stmt_of(update.call)].block
+            return block if n.script.own_line(block[0]) else []
+    return []
 
 
 def logged_in_helper(n: TrainingLoop) -> Found:
     """The step is in a helper that keeps the loss to itself: log it there."""
-    if n.losses:
+    if n.losses or stepping_branch(n):
         return
     found: dict[ast.AST, list[Insertion]] = {}
     for update in n.nest.updates:
@@ -628,6 +643,12 @@ def several_processes(n: TrainingLoop) -> Iterator[Note]:
         yield refusal(call, "several processes train at once, each by its own steps")
 
 
+def steps_in_helper(n: TrainingLoop) -> Iterator[Note]:
+    """`def update(): … if ready: opt.step()`"""
+    for stmt in stepping_branch(n)[:1]:
+        yield refusal(stmt, "this function steps under a condition that its loop does not see")
+
+
 def no_model(n: TrainingLoop) -> Iterator[Note]:
     if not n.again and not n.models:
         yield refusal(n.outer, "no model was found that is bound before this loop")
@@ -755,6 +776,7 @@ def unbound_before(n: TrainingLoop) -> Iterator[Note]:
 REFUSALS: tuple[Callable[[TrainingLoop], Iterator[Note]], ...] = (
     several_runs,
     several_processes,
+    steps_in_helper,
     no_model,
     no_optimizer,
     state_outside,
@@ -886,12 +908,14 @@ def _worked_out_under(n: TrainingLoop, stmts: list[ast.stmt]) -> list[Insertion 
             known -= {*targets(stmt)}
     losses = [name for name in _worked_out(stmts, LOSS_NAME) if name in known]
     scores = [name for name in _worked_out(stmts, METRIC_NAME, (ast.BinOp,)) if name in known]
-    value = as_shown(losses[-1], stmts) if losses else ""
+    trained = [name for name in losses if any(name in loss.reads for loss in n.losses)]
+    losses = trained[-1:] or (losses if len(losses) == 1 else [])  # of several, which one?
+    value = as_shown(losses[0], stmts) if losses else ""
     if not _is_open(n, stmts[0]) or not (value or scores):
         text = "what is worked out here in eval mode or without gradients has no name of a loss"
         return [_missed(stmts[0], text)]
     if not n.holds(stmts[0]):
-        return _line(n, spot, _scores(n, spot, losses[-1:] or scores, "eval"), stmts[0])
+        return _line(n, spot, _scores(n, spot, losses or scores, "eval"), stmts[0])
     code = _validation(n, spot, value) if value else _scores(n, spot, scores)
     return _line(n, spot, code, stmts[0])
 
@@ -1101,7 +1125,6 @@ RULES: tuple[Callable[[TrainingLoop], Found], ...] = (
     passed_over,
     stepped,
     logged_in_helper,
-    counted_in_helper,
     finished,
 )
 

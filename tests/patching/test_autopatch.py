@@ -65,6 +65,7 @@ GOLDEN = {
     "wrapped_step": ("yes", "none seen", "yes", "step, loss=loss, batch=x"),
     "zero_based": ("yes", "yes", "yes", "step, loss=loss"),
     "mean_shown_in_loop": ("yes", "yes", "yes", "loss=loss, batch=x"),
+    "phases_in_a_function": ("yes", "no", "no", "loss=loss)"),
     "several_generators": ("yes", "none seen", "yes", "loss=loss_G, loss_D_A=loss_D_A"),
     "sum_of_named_losses": ("yes", "none seen", "no", "loss=value_loss * 0.5 + action_loss"),
     "total_of_micro_steps": ("yes", "none seen", "no", "self.step, loss=total_loss"),
