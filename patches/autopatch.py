@@ -815,6 +815,7 @@ HELD_OUT_LOSS = re.compile(
 )
 OF_TRAINING = re.compile(r"(?:^|_)(?:tr|trn|train|training)(?:_|loader|set|dl|\d|$)", re.I)
 NOT_A_VALUE = re.compile(r"best|min|prev|last|patience|list|history", re.I)
+GRADIENTLESS = {"no_grad", "inference_mode"}
 VALUE_NAME = re.compile(f"{LOSS_NAME.pattern}|{METRIC_NAME.pattern}", re.I)
 
 
@@ -835,12 +836,14 @@ def evaluated(n: TrainingLoop) -> Found:
 
 def _evaluates(n: TrainingLoop, call: ast.Call) -> bool:
     """Named like an evaluation or one by what it does, and called from the loops or behind them."""
+    if not _is_seen(n, call):
+        return False
     name, helper = called(call), n.script.definition(call)
     if name == "run":  # validate.run(...)
         name = last(method_call(call)[0])
     by_name = EVAL_NAME.search(name) and not NOT_EVAL_NAME.search(name)
     does = bool(helper and _worked_out(helper.body, VALUE_NAME) and _eval_mode(helper.body))
-    if not (by_name or does) or not _is_seen(n, call) or _trains(n, call):
+    if not (by_name or does) or _trains(n, call):
         return False
     return not n.script.resolve(call.func).startswith(("torch.", "numpy."))
 
@@ -864,7 +867,8 @@ def _switches(node: ast.AST, to: str = "eval") -> bool:
 def _trains(n: TrainingLoop, call: ast.Call) -> bool:
     """`values, entropy = policy.evaluate_actions(states)`: what is back-propagated comes of it."""
     names, inner = {*names_given(n.script, call)}, own_set(n.inner)
-    if call in n.nest.sites or any(n.script.definition(call) is f for f in _stepping(n)):
+    helpers = [n.script.scope_of(update.call) for update in n.nest.updates]
+    if call in n.nest.sites or any(n.script.definition(call) is each for each in helpers):
         return True
     made = [b for x in n.losses for name in x.reads for b in n.script.bindings.get(name, [])]
     read = loads(part for b in made if b.stmt in inner for part in walk(b.value))
@@ -872,19 +876,15 @@ def _trains(n: TrainingLoop, call: ast.Call) -> bool:
     return call.lineno < n.last_site and call in inner and bool(names & (read | direct))
 
 
-def _stepping(n: TrainingLoop) -> list[ast.AST]:
-    return [n.script.scope_of(update.call) for update in n.nest.updates]
-
-
 def _regions(n: TrainingLoop) -> Iterator[list[ast.stmt]]:
     """The statements behind a `model.eval()`, up to a `model.train()` or the training itself; and
-    those under `torch.no_grad()` that show a value by its name."""
+    those under `torch.no_grad()` that show a value of held-out data by its name."""
     for node in filter(lambda node: _is_seen(n, node), n.script.nodes):
         stmts: list[ast.stmt] = []
         if _switches(node):
             spot = n.script.home[n.script.stmt_of(node)]
             stmts = spot.block[spot.index :]
-        elif isinstance(node, WITHS) and "no_grad" in map(called, own(node.items[0])):
+        elif isinstance(node, WITHS) and GRADIENTLESS & {*map(called, own(node.items[0]))}:
             stmts = node.body
         ends = (*n.nest.sites, *n.nest.loops)
         stops = [any(_switches(x, "train") or x in ends for x in own(stmt)) for stmt in stmts]
@@ -894,7 +894,8 @@ def _regions(n: TrainingLoop) -> Iterator[list[ast.stmt]]:
         nodes = list(own_all(stmts))
         works = any(isinstance(x, (*LOOPS, *WITHS)) for x in nodes)
         held_out = any(map(HELD_OUT_WORD.search, loads(nodes)))
-        if (_eval_mode(stmts) and (works or held_out)) or any(map(VALUE_NAME.search, words)):
+        valued = any(map(VALUE_NAME.search, words))
+        if (_eval_mode(stmts) and (works or held_out or valued)) or (held_out and valued):
             yield stmts
 
 
