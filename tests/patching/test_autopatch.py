@@ -182,7 +182,7 @@ def test_reference_shape_gets_exactly_these_call_sites(script):
         "step, ptr = obs.resume(step=step, ptr=ptr)",
         "if obs.skip_epoch(epoch): continue",
         "if obs.skip_batch(): continue",
-        "obs.validation(val_loss, step=step)",
+        "obs.validation(val_loss)",
         "obs.step(step, loss=loss, batch=xb)",
         "obs.finish()",
     ]
