@@ -33,7 +33,7 @@ def fit(model, loaders, optimizer, epochs):
             for x, y in loader:
                 running_loss += one_step(model, optimizer, x, y, train)
             averaged_loss = running_loss / len(loader)
-            print(phase, "average", averaged_loss)
+            print("average", phase, averaged_loss)
         epoch += 1
 
 
