@@ -406,6 +406,10 @@ NOT_BATCH = re.compile(
 def stepped(n: TrainingLoop) -> Found:
     """`obs.step(step, loss=loss, batch=x)` at each end of an iteration that stepped."""
     found: list[Insertion] = []
+    if block := stepping_branch(n):
+        yield from _step_in_helper(n, block)
+        yield _missed(block[0], "where this function does not step, it may evaluate")
+        return
     for end in n.ends:
         if isinstance(end, StepSpot):
             found += n.add(end.spot, "step", _step(n, end), "likely" if end.test else "sure")
@@ -418,19 +422,30 @@ def stepped(n: TrainingLoop) -> Found:
         yield note(n.inner, text)
 
 
-def counted_in_helper(n: TrainingLoop) -> Iterator[Note]:
-    """`def update(): … if ready: opt.step()`: the loop cannot see whether it did."""
+def _step_in_helper(n: TrainingLoop, block: list[ast.stmt]) -> Iterator[Insertion]:
+    scope, spot = n.script.scope_of(block[0]), Spot(block, len(block))
+    calls = [call for call in n.script.calls if n.script.scope_of(call) is scope]
+    given = [(call, propagated(call, n.roles)) for call in calls]
+    found = [loss for call, expr in given if expr for loss in named(n, expr, call)]
+    codes = [x.code for x in found if {*map(root, x.reads)} <= n.script.bound(spot)]
+    loss = "".join(f"loss={code}" for code in codes[-1:])
+    yield from n.add(spot, "step", f"{n.obs}.step({loss})")
+
+
+def stepping_branch(n: TrainingLoop) -> list[ast.stmt]:
+    """The body of `if train:` in the function that steps: the loop cannot see whether it did."""
     for update in n.nest.updates:
         tests = [test for test, _ in n.script.above(update.call) if isinstance(test, ast.If)]
         elsewhere = n.script.scope_of(update.call) is not n.scope
-        if elsewhere and not all(test.orelse for test in tests):
-            text = "this function steps under a condition; every iteration that calls it is "
-            yield note(update.call, f"{text}counted as a step")
+        if elsewhere and tests and not all(test.orelse for test in tests):
+            block = n.script.home[n.script.stmt_of(update.call)].block
+            return block if n.script.own_line(block[0]) else []
+    return []
 
 
 def logged_in_helper(n: TrainingLoop) -> Found:
     """The step is in a helper that keeps the loss to itself: log it there."""
-    if n.losses:
+    if n.losses or stepping_branch(n):
         return
     found: dict[ast.AST, list[Insertion]] = {}
     for update in n.nest.updates:
@@ -646,6 +661,12 @@ def several_processes(n: TrainingLoop) -> Iterator[Note]:
         yield refusal(call, "several processes train at once, each by its own steps")
 
 
+def steps_in_helper(n: TrainingLoop) -> Iterator[Note]:
+    """`def update(): … if ready: opt.step()`"""
+    for stmt in stepping_branch(n)[:1]:
+        yield refusal(stmt, "this function steps under a condition that its loop does not see")
+
+
 def no_model(n: TrainingLoop) -> Iterator[Note]:
     if not n.again and not n.models:
         yield refusal(n.outer, "no model was found that is bound before this loop")
@@ -842,6 +863,7 @@ def unbound_before(n: TrainingLoop) -> Iterator[Note]:
 REFUSALS: tuple[Callable[[TrainingLoop], Iterator[Note]], ...] = (
     several_runs,
     several_processes,
+    steps_in_helper,
     no_model,
     no_optimizer,
     state_outside,
@@ -883,6 +905,7 @@ HELD_OUT_LOSS = re.compile(
 )
 OF_TRAINING = re.compile(r"(?:^|_)(?:tr|trn|train|training)(?:_|loader|set|dl|\d|$)", re.I)
 NOT_A_VALUE = re.compile(r"best|min|prev|last|patience|list|history", re.I)
+GRADIENTLESS = {"no_grad", "inference_mode"}
 VALUE_NAME = re.compile(f"{LOSS_NAME.pattern}|{METRIC_NAME.pattern}", re.I)
 
 
@@ -903,12 +926,14 @@ def evaluated(n: TrainingLoop) -> Found:
 
 def _evaluates(n: TrainingLoop, call: ast.Call) -> bool:
     """Named like an evaluation or one by what it does, and called from the loops or behind them."""
+    if not _is_seen(n, call):
+        return False
     name, helper = called(call), n.script.definition(call)
     if name == "run":  # validate.run(...)
         name = last(method_call(call)[0])
     by_name = EVAL_NAME.search(name) and not NOT_EVAL_NAME.search(name)
     does = bool(helper and _worked_out(helper.body, VALUE_NAME) and _eval_mode(helper.body))
-    if not (by_name or does) or not _is_seen(n, call) or _trains(n, call):
+    if not (by_name or does) or _trains(n, call):
         return False
     return not n.script.resolve(call.func).startswith(("torch.", "numpy."))
 
@@ -932,7 +957,8 @@ def _switches(node: ast.AST, to: str = "eval") -> bool:
 def _trains(n: TrainingLoop, call: ast.Call) -> bool:
     """`values, entropy = policy.evaluate_actions(states)`: what is back-propagated comes of it."""
     names, inner = {*names_given(n.script, call)}, own_set(n.inner)
-    if call in n.nest.sites or any(n.script.definition(call) is f for f in _stepping(n)):
+    helpers = [n.script.scope_of(update.call) for update in n.nest.updates]
+    if call in n.nest.sites or any(n.script.definition(call) is each for each in helpers):
         return True
     made = [b for x in n.losses for name in x.reads for b in n.script.bindings.get(name, [])]
     read = loads(part for b in made if b.stmt in inner for part in walk(b.value))
@@ -940,19 +966,15 @@ def _trains(n: TrainingLoop, call: ast.Call) -> bool:
     return call.lineno < n.last_site and call in inner and bool(names & (read | direct))
 
 
-def _stepping(n: TrainingLoop) -> list[ast.AST]:
-    return [n.script.scope_of(update.call) for update in n.nest.updates]
-
-
 def _regions(n: TrainingLoop) -> Iterator[list[ast.stmt]]:
     """The statements behind a `model.eval()`, up to a `model.train()` or the training itself; and
-    those under `torch.no_grad()` that show a value by its name."""
+    those under `torch.no_grad()` that show a value of held-out data by its name."""
     for node in filter(lambda node: _is_seen(n, node), n.script.nodes):
         stmts: list[ast.stmt] = []
         if _switches(node):
             spot = n.script.home[n.script.stmt_of(node)]
             stmts = spot.block[spot.index :]
-        elif isinstance(node, WITHS) and "no_grad" in map(called, own(node.items[0])):
+        elif isinstance(node, WITHS) and GRADIENTLESS & {*map(called, own(node.items[0]))}:
             stmts = node.body
         ends = (*n.nest.sites, *n.nest.loops)
         stops = [any(_switches(x, "train") or x in ends for x in own(stmt)) for stmt in stmts]
@@ -962,7 +984,8 @@ def _regions(n: TrainingLoop) -> Iterator[list[ast.stmt]]:
         nodes = list(own_all(stmts))
         works = any(isinstance(x, (*LOOPS, *WITHS)) for x in nodes)
         held_out = any(map(HELD_OUT_WORD.search, loads(nodes)))
-        if (_eval_mode(stmts) and (works or held_out)) or any(map(VALUE_NAME.search, words)):
+        valued = any(map(VALUE_NAME.search, words))
+        if (_eval_mode(stmts) and (works or held_out or valued)) or (held_out and valued):
             yield stmts
 
 
@@ -976,12 +999,14 @@ def _worked_out_under(n: TrainingLoop, stmts: list[ast.stmt]) -> list[Insertion 
             known -= {*targets(stmt)}
     losses = [name for name in _worked_out(stmts, LOSS_NAME) if name in known]
     scores = [name for name in _worked_out(stmts, METRIC_NAME, (ast.BinOp,)) if name in known]
-    value = as_shown(losses[-1], stmts) if losses else ""
+    trained = [name for name in losses if any(name in loss.reads for loss in n.losses)]
+    losses = trained[-1:] or (losses if len(losses) == 1 else [])  # of several, which one?
+    value = as_shown(losses[0], stmts) if losses else ""
     if not _is_open(n, stmts[0]) or not (value or scores):
         text = "what is worked out here in eval mode or without gradients has no name of a loss"
         return [_missed(stmts[0], text)]
     if not n.holds(stmts[0]):
-        return _line(n, spot, _scores(n, spot, losses[-1:] or scores, "eval"), stmts[0])
+        return _line(n, spot, _scores(n, spot, losses or scores, "eval"), stmts[0])
     code = _validation(n, spot, value) if value else _scores(n, spot, scores)
     return _line(n, spot, code, stmts[0])
 
@@ -1191,7 +1216,6 @@ RULES: tuple[Callable[[TrainingLoop], Found], ...] = (
     passed_over,
     stepped,
     logged_in_helper,
-    counted_in_helper,
     finished,
 )
 

@@ -66,6 +66,7 @@ GOLDEN = {
     "wrapped_step": ("yes", "none seen", "yes", "step, loss=loss, batch=x"),
     "zero_based": ("yes", "yes", "yes", "step, loss=loss"),
     "mean_shown_in_loop": ("yes", "yes", "yes", "loss=loss, batch=x"),
+    "phases_in_a_function": ("yes", "no", "no", "loss=loss)"),
     "several_generators": ("yes", "none seen", "yes", "loss=loss_G, loss_D_A=loss_D_A"),
     "sum_of_named_losses": ("yes", "none seen", "no", "loss=value_loss * 0.5 + action_loss"),
     "total_of_micro_steps": ("yes", "none seen", "no", "self.step, loss=total_loss"),
@@ -182,7 +183,7 @@ def test_reference_shape_gets_exactly_these_call_sites(script):
         "step, ptr = obs.resume(step=step, ptr=ptr)",
         "if obs.skip_epoch(epoch): continue",
         "if obs.skip_batch(): continue",
-        "obs.validation(val_loss, step=step)",
+        "obs.validation(val_loss)",
         "obs.step(step, loss=loss, batch=xb)",
         "obs.finish()",
     ]
