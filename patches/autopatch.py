@@ -630,7 +630,8 @@ def state_outside(n: TrainingLoop) -> Iterator[Note]:
             yield refusal(node, f"the state of {name} cannot be saved")
         elif name and _moves_on(n, name, method):
             call = name if method == "__call__" else f"{name}.{method}"
-            yield refusal(node, f"{call}() changes {name}, whose state cannot be saved")
+            part = " beside its weights, which" if name in n.models else ", whose state"
+            yield refusal(node, f"{call}() changes {name}{part} cannot be saved")
         elif called(node) == "iter" and n.inner in n.script.loops_around(node):
             text = "the iterator is made again in mid-loop; its position cannot be saved"
             yield refusal(node, text)
@@ -652,12 +653,23 @@ def _moves_on(n: TrainingLoop, name: str, method: str) -> bool:
     made = _objects(n, name)
     if any(map(KEEPS_NO_STATE.search, made)):
         return False
+    kinds = {*map(called, n.script.made(name))} if name in n.models else made.keys()
     methods = [
         f
         for f in n.script.functions
-        if f.name == method and getattr(n.script.class_of(f), "name", "") in made
+        if f.name == method and getattr(n.script.class_of(f), "name", "") in kinds
     ]
+    if name in n.models:  # `agent.put_data(x)`; what it only sets, it sets again
+        return any(map(_collects, methods))
     return any(map(_changes_itself, methods)) if methods else bool(made and MOVES_ON.search(method))
+
+
+def _collects(method: Function) -> bool:
+    """Whether a method adds to what its object has: `self.data.append(x)`, `self.count += 1`."""
+    nodes = list(own_all(method.body))
+    names = [name for node in nodes for name in mutated(node)]
+    names += [dotted(node.target) for node in nodes if isinstance(node, ast.AugAssign)]
+    return any(name.startswith("self.") for name in names)
 
 
 def _changes_itself(method: Function) -> bool:
