@@ -407,7 +407,9 @@ def stepped(n: TrainingLoop) -> Found:
     found: list[Insertion] = []
     for end in n.ends:
         if isinstance(end, StepSpot):
-            found += n.add(end.spot, "step", _step(n, end), "likely" if end.test else "sure")
+            found += n.add(
+                end.spot, "step", _step(n, end, resumes(n)), "likely" if end.test else "sure"
+            )
             yield from _left_out(n, end.spot)
         elif not end.part:
             yield end
@@ -447,7 +449,7 @@ def logged_in_helper(n: TrainingLoop) -> Found:
     yield note(n.nest.sites[0], text)
 
 
-def _step(n: TrainingLoop, end: StepSpot) -> str:
+def _step(n: TrainingLoop, end: StepSpot, is_resumed: bool) -> str:
     """The step line: its number and its loss, and of the rest what fits into the width."""
     bound = n.script.bound(end.spot)
     usable = [loss for loss in n.losses if not _why_not(n, loss, end.spot)]
@@ -457,9 +459,9 @@ def _step(n: TrainingLoop, end: StepSpot) -> str:
     needed = [*filter(None, [n.counter(bound)])]
     needed += [f"loss={_as_number(n, loss)}" for loss in usable[-1:]]
     kept = [f'"{key}": {name}' for key, name in _unseen_by_step(n).items() if name in bound]
-    ends = [f"carry={{{', '.join(kept)}}}"] * bool(kept)
-    ends += [f"last={end.last}"] * bool(end.last and resumes(n))
-    guard, amount = f"if {end.test}: " if end.test else "", _batch(n, bound)
+    ends = [f"carry={{{', '.join(kept)}}}"] * bool(kept and is_resumed)
+    ends += [f"last={end.last}"] * bool(end.last and is_resumed)
+    guard, amount = f"if {end.test}: " if end.test else "", _batch(n, bound, is_resumed)
     codes = [
         f"{guard}{n.obs}.step({', '.join([*needed, *more, *ends])})"
         for more in ([*others, *amount], others, amount, [])
@@ -472,7 +474,7 @@ def _left_out(n: TrainingLoop, spot: Spot) -> Iterator[Note]:
     for loss in n.losses:
         if why := _why_not(n, loss, spot):
             yield note(loss.call, f"the loss {loss.name} {why}; it is left out")
-    for name in _unseen_by_step(n).values():
+    for name in _unseen_by_step(n).values() if resumes(n) else ():
         if name not in n.script.bound(spot):
             text = "may be unbound at the end of an iteration; not carried"
             yield note(n.inner, f"{name} {text}")
@@ -480,8 +482,7 @@ def _left_out(n: TrainingLoop, spot: Spot) -> Iterator[Note]:
 
 def _unseen_by_step(n: TrainingLoop) -> dict[str, str]:
     """What is carried, but no plain name; that is read off this function, or off its caller."""
-    values = n.carried.values if resumes(n) else {}
-    return {key: name for key, name in values.items() if key != name}
+    return {key: name for key, name in n.carried.values.items() if key != name}
 
 
 def _why_not(n: TrainingLoop, loss: Loss, spot: Spot) -> str:
@@ -506,9 +507,9 @@ def _bound_again(n: TrainingLoop, name: str, after: int, end: int = sys.maxsize)
     return [b for b in bindings if after < b.stmt.lineno < end]
 
 
-def _batch(n: TrainingLoop, bound: Names) -> list[str]:
+def _batch(n: TrainingLoop, bound: Names, is_resumed: bool) -> list[str]:
     """What the iteration trained on, whose shape the run reads; not where it saw only a part."""
-    if (n.conditions or n.gate) and not resumes(n):  # no skip line counts the batches
+    if (n.conditions or n.gate) and not is_resumed:  # no skip line counts the batches
         return []
     names = [name for name in batch_names(n.inner) if name in bound]
     # An inner `for _ in range(k)` back-propagates so often a step.
@@ -817,6 +818,15 @@ def unbound_before(n: TrainingLoop) -> Iterator[Note]:
             yield refusal(loop, f"{goes} {text}")
 
 
+def too_wide_to_carry(n: TrainingLoop) -> Iterator[Note]:
+    """`obs.step(…, carry={"total": self.total, "best": self.best, …})`, which no one would read."""
+    spots = [end for end in n.ends if isinstance(end, StepSpot)]
+    narrow = [end for end in spots if n.fits(end.spot, _step(n, end, False))]
+    if any(not n.fits(end.spot, _step(n, end, True)) for end in narrow):
+        names = ", ".join(_unseen_by_step(n).values())
+        yield refusal(n.inner, f"one line has no room to carry {names or 'that it is the last'}")
+
+
 REFUSALS: tuple[Callable[[TrainingLoop], Iterator[Note]], ...] = (
     several_runs,
     several_processes,
@@ -832,6 +842,7 @@ REFUSALS: tuple[Callable[[TrainingLoop], Iterator[Note]], ...] = (
     reads_in_the_middle,
     left_unseen,
     unbound_before,
+    too_wide_to_carry,
 )
 
 

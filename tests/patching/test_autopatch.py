@@ -901,6 +901,14 @@ def test_an_imported_optimizer_is_resumed_unless_something_is_known_against_it(
     assert [note.text.endswith(reason) for note in found.notes] == [True] * bool(reason)
 
 
+def test_resume_is_left_out_where_a_line_would_be_too_wide_to_carry():
+    source = (TESTS / "shapes" / "branches_both_step.py").read_text()
+    result, found = patch(source.replace("updates", "updates_" + "x" * 20).encode())
+    assert found.parts["resume"] == "no"
+    assert "no room to carry self.updates_x" in found.notes[0].text
+    assert max(map(len, added(result))) <= 100
+
+
 FILLS = """import torch
 model = torch.nn.Linear(1, 1)
 opt = torch.optim.SGD(model.parameters(), 1)

@@ -20,12 +20,12 @@ SPEC.loader.exec_module(budgets)
 
 # What each may come to at most; behind it, what is asked for.
 LINES = {
-    "autopatch.py": 850,  # 1050, with the facts of a loop, which are in loop.py
-    "loop.py": 730,
-    "script.py": 410,  # 450
+    "autopatch.py": 920,  # 1050, with the facts of a loop, which are in loop.py
+    "loop.py": 825,
+    "script.py": 420,  # 450
     "lines.py": 200,  # 200
 }
-ALL_THREE = 1970  # 1500, of autopatch.py, loop.py and script.py
+ALL_THREE = 2160  # 1500, of autopatch.py, loop.py and script.py
 LONGEST = 26
 NESTING = 4  # 3
 
