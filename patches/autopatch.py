@@ -822,9 +822,9 @@ def too_wide_to_carry(n: TrainingLoop) -> Iterator[Note]:
     """`obs.step(…, carry={"total": self.total, "best": self.best, …})`, which no one would read."""
     spots = [end for end in n.ends if isinstance(end, StepSpot)]
     narrow = [end for end in spots if n.fits(end.spot, _step(n, end, False))]
-    if any(not n.fits(end.spot, _step(n, end, True)) for end in narrow):
-        names = ", ".join(_unseen_by_step(n).values())
-        yield refusal(n.inner, f"one line has no room to carry {names or 'that it is the last'}")
+    names = ", ".join(_unseen_by_step(n).values())
+    if names and any(not n.fits(end.spot, _step(n, end, True)) for end in narrow):
+        yield refusal(n.inner, f"one line has no room to carry {names}")
 
 
 REFUSALS: tuple[Callable[[TrainingLoop], Iterator[Note]], ...] = (
