@@ -412,7 +412,8 @@ def stepped(n: TrainingLoop) -> Found:
         return
     for end in n.ends:
         if isinstance(end, StepSpot):
-            found += n.add(end.spot, "step", _step(n, end), "likely" if end.test else "sure")
+            code = _step(n, end, resumes(n))
+            found += n.add(end.spot, "step", code, "likely" if end.test else "sure")
             yield from _left_out(n, end)
         elif not end.part:
             yield end
@@ -470,7 +471,7 @@ def logged_in_helper(n: TrainingLoop) -> Found:
         yield note(n.nest.sites[0], f"{text}; steps are logged without it")
 
 
-def _step(n: TrainingLoop, end: StepSpot) -> str:
+def _step(n: TrainingLoop, end: StepSpot, is_resumed: bool) -> str:
     """The step line: its number and its loss, and of the rest what fits into the width."""
     bound = n.script.bound(end.spot)
     usable = [loss for loss in n.losses if not _why_not(n, loss, end.spot)]
@@ -483,9 +484,9 @@ def _step(n: TrainingLoop, end: StepSpot) -> str:
     needed = [*filter(None, [n.counter(bound)])]
     needed += [f"loss={_as_number(n, loss)}" for loss in whole]
     kept = [f'"{key}": {name}' for key, name in _unseen_by_step(n).items() if name in bound]
-    ends = [f"carry={{{', '.join(kept)}}}"] * bool(kept)
-    ends += [f"last={end.last}"] * bool(end.last and resumes(n))
-    guard, amount = f"if {end.test}: " if end.test else "", _batch(n, bound)
+    ends = [f"carry={{{', '.join(kept)}}}"] * bool(kept and is_resumed)
+    ends += [f"last={end.last}"] * bool(end.last and is_resumed)
+    guard, amount = f"if {end.test}: " if end.test else "", _batch(n, bound, is_resumed)
     codes = [
         f"{guard}{n.obs}.step({', '.join([*needed, *more, *ends])})"
         for more in ([*others, *amount], others, amount, [])
@@ -502,7 +503,7 @@ def _left_out(n: TrainingLoop, end: StepSpot) -> Found:
             yield from earlier
             if not earlier:
                 yield note(loss.call, f"the loss {loss.name} {why}; it is left out")
-    for name in _unseen_by_step(n).values():
+    for name in _unseen_by_step(n).values() if resumes(n) else ():
         if name not in n.script.bound(end.spot):
             text = "may be unbound at the end of an iteration; not carried"
             yield note(n.inner, f"{name} {text}")
@@ -524,8 +525,7 @@ def _taken_before(n: TrainingLoop, loss: Loss, end: StepSpot) -> list[Insertion]
 
 def _unseen_by_step(n: TrainingLoop) -> dict[str, str]:
     """What is carried, but no plain name; that is read off this function, or off its caller."""
-    values = n.carried.values if resumes(n) else {}
-    return {key: name for key, name in values.items() if key != name}
+    return {key: name for key, name in n.carried.values.items() if key != name}
 
 
 def _why_not(n: TrainingLoop, loss: Loss, spot: Spot) -> str:
@@ -550,9 +550,9 @@ def _bound_again(n: TrainingLoop, name: str, after: int, end: int = sys.maxsize)
     return [b for b in bindings if after < b.stmt.lineno < end]
 
 
-def _batch(n: TrainingLoop, bound: Names) -> list[str]:
+def _batch(n: TrainingLoop, bound: Names, is_resumed: bool) -> list[str]:
     """What the iteration trained on, whose shape the run reads; not where it saw only a part."""
-    if (n.conditions or n.gate) and not resumes(n):  # no skip line counts the batches
+    if (n.conditions or n.gate) and not is_resumed:  # no skip line counts the batches
         return []
     names = [name for name in batch_names(n) if name in bound]
     # An inner `for _ in range(k)` back-propagates so often a step.
@@ -685,7 +685,8 @@ def state_outside(n: TrainingLoop) -> Iterator[Note]:
             yield refusal(node, f"the state of {name} cannot be saved")
         elif name and _moves_on(n, name, method):
             call = name if method == "__call__" else f"{name}.{method}"
-            yield refusal(node, f"{call}() changes {name}, whose state cannot be saved")
+            part = " beside its weights, which" if name in n.models else ", whose state"
+            yield refusal(node, f"{call}() changes {name}{part} cannot be saved")
         elif called(node) == "iter" and n.inner in n.script.loops_around(node):
             text = "the iterator is made again in mid-loop; its position cannot be saved"
             yield refusal(node, text)
@@ -707,12 +708,23 @@ def _moves_on(n: TrainingLoop, name: str, method: str) -> bool:
     made = _objects(n, name)
     if any(map(KEEPS_NO_STATE.search, made)):
         return False
+    kinds = {*map(called, n.script.made(name))} if name in n.models else made.keys()
     methods = [
         f
         for f in n.script.functions
-        if f.name == method and getattr(n.script.class_of(f), "name", "") in made
+        if f.name == method and getattr(n.script.class_of(f), "name", "") in kinds
     ]
+    if name in n.models:  # `agent.put_data(x)`; what it only sets, it sets again
+        return any(map(_collects, methods))
     return any(map(_changes_itself, methods)) if methods else bool(made and MOVES_ON.search(method))
+
+
+def _collects(method: Function) -> bool:
+    """Whether a method adds to what its object has: `self.data.append(x)`, `self.count += 1`."""
+    nodes = list(own_all(method.body))
+    names = [name for node in nodes for name in mutated(node)]
+    names += [dotted(node.target) for node in nodes if isinstance(node, ast.AugAssign)]
+    return any(name.startswith("self.") for name in names)
 
 
 def _changes_itself(method: Function) -> bool:
@@ -860,6 +872,15 @@ def unbound_before(n: TrainingLoop) -> Iterator[Note]:
             yield refusal(loop, f"{goes} {text}")
 
 
+def too_wide_to_carry(n: TrainingLoop) -> Iterator[Note]:
+    """`obs.step(…, carry={"total": self.total, "best": self.best, …})`, which no one would read."""
+    spots = [end for end in n.ends if isinstance(end, StepSpot)]
+    narrow = [end for end in spots if n.fits(end.spot, _step(n, end, False))]
+    names = ", ".join(_unseen_by_step(n).values())
+    if names and any(not n.fits(end.spot, _step(n, end, True)) for end in narrow):
+        yield refusal(n.inner, f"one line has no room to carry {names}")
+
+
 REFUSALS: tuple[Callable[[TrainingLoop], Iterator[Note]], ...] = (
     several_runs,
     several_processes,
@@ -876,6 +897,7 @@ REFUSALS: tuple[Callable[[TrainingLoop], Iterator[Note]], ...] = (
     reads_in_the_middle,
     left_unseen,
     unbound_before,
+    too_wide_to_carry,
 )
 
 

@@ -1158,8 +1158,9 @@ def _is_saved(n: TrainingLoop, name: str) -> bool:
 def object_made(n: TrainingLoop, name: str) -> ast.Call | None:
     """The call that made what cannot be put into a checkpoint as it is."""
     for call in n.script.made(name):
-        kind = called(call)
-        if kind in HOLDS_A_POSITION or (kind[:1].isupper() and not kind.endswith("Tensor")):
+        kind, of_class = called(call), re.search(r"(?:^|\.)[A-Z]\w*[a-z]\w*\.", dotted(call.func))
+        is_object = kind[:1].isupper() or of_class  # Pipeline(…), Pipeline.from_pretrained(…)
+        if kind in HOLDS_A_POSITION or (is_object and not kind.endswith("Tensor")):
             return call
     return None
 

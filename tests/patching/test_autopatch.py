@@ -28,8 +28,11 @@ GOLDEN = {
     "accumulation_continue": ("yes", "none seen", "yes", "step, loss=loss * K, batch=x"),
     "accumulation_or_last": ("yes", "none seen", "yes", "step, loss=loss, batch=x"),
     "accumulation_remainder": ("yes", "none seen", "yes", "loss=loss * args.accumulation_steps"),
+    "agent_with_its_optimizer": ("yes", "none seen", "no", ""),
     "amp_flag": ("yes", "none seen", "yes", "loss=loss"),
+    "average_before_wrap": ("yes", "none seen", "yes", "train_steps, loss=loss, batch=x"),
     "bptt_manual_sgd": ("yes", "yes", "yes", "loss=loss"),
+    "branches_both_step": ("yes", "none seen", "yes", "loss=loss, batch=x"),
     "callable_trainer": ("yes", "none seen", "yes", "step, loss=loss, batch=x"),
     "counted_in_tokens": ("yes", "none seen", "no", "loss=loss, batch=batch"),
     "epoch_function": ("yes", "yes", "yes", "loss=loss, batch=data"),
@@ -37,6 +40,9 @@ GOLDEN = {
     "full_batch_globals": ("yes", "yes", "yes", "epoch"),
     "gan": ("yes", "none seen", "yes", "loss=errG, errD_real=errD_real, errD_fake=errD_fake"),
     "gan_critic": ("yes", "none seen", "yes", "step, loss=loss_G, loss_D=loss_D"),
+    "gated_step_before_break": ("yes", "none seen", "no", "loss=loss"),
+    "head_on_frozen_model": ("yes", "none seen", "yes", "loss=loss, batch=x"),
+    "helper_without_state": ("yes", "none seen", "yes", "loss=loss, batch=images"),
     "inline_eval": ("yes", "yes", "yes", "loss=loss"),
     "interrupted_main": ("yes", "yes", "yes", "step, loss=loss, batch=x"),
     "layerwise": ("yes", "none seen", "no", "loss=loss"),
@@ -46,10 +52,13 @@ GOLDEN = {
     "micro_steps": ("yes", "yes", "yes", "step, loss=train_loss"),
     "nameless_loss": ("yes", "none seen", "yes", "step"),
     "nested_main": ("yes", "yes", "yes", "step, loss=loss"),
+    "next_in_micro_steps": ("yes", "none seen", "no", "loss=loss, batch=x"),
     "optim_shadowed": ("yes", "none seen", "yes", "total_steps, loss=loss"),
     "optimizer_branches": ("yes", "none seen", "yes", "loss=loss"),
     "optimizer_per_call": ("yes", "none seen", "no", "loss=loss, batch=x"),
+    "optimizers_in_a_dict": ("yes", "none seen", "yes", "loss=loss, batch=x"),
     "optimizer_remade": ("yes", "none seen", "no", "epoch, loss=loss"),
+    "optional_total": ("yes", "none seen", "yes", "step, loss=loss, batch=x"),
     "own_checkpoint": ("yes", "yes", "yes", "loss=loss, batch=images"),
     "phases": ("yes", "yes", "yes", "loss=loss, batch=inputs"),
     "reinforce": ("yes", "none seen", "no", "i_episode"),
@@ -119,6 +128,31 @@ def test_shape_is_found_as_expected(name):
     steps = [i.code for i in found.insertions if i.kind == "step"]
     assert any(f".step({step}" in code for code in steps), steps
     assert resume != "no" or any("resume is left out" in n.text for n in found.notes)
+
+
+# What a shape was written for: the line, and how often it stands there.
+LINES = {
+    "agent_with_its_optimizer": [
+        ("obs.watch(model, optimizer=model.optimizer)", 1),
+        ('obs.log({"loss/train": loss.mean()})', 1),
+    ],
+    "average_before_wrap": [("obs.watch(model, ema, optimizer=opt, loader=loader)", 1)],
+    "branches_both_step": [("obs.step(", 2)],
+    "gated_step_before_break": [("if accelerator.sync_gradients: obs.step(loss=loss)", 2)],
+    "head_on_frozen_model": [("obs.watch(classifier, optimizer=optimizer", 1)],
+    "optimizers_in_a_dict": [
+        ("obs.watch(coder, critic, optimizer=opts, loader=loader)", 1),
+        ("histories, sums = obs.resume(histories=histories, sums=sums)", 1),
+    ],
+    "optional_total": [("    total_loss = obs.resume(total_loss=total_loss)", 1)],
+    "sharpness_aware": [("optimizer=[optimizer.base_optimizer, optimizer]", 1)],
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_shape_gets_the_lines_that_it_was_written_for(name):
+    result = patch((TESTS / "shapes" / f"{name}.py").read_bytes())[0].decode()
+    assert {line: result.count(line) for line, _ in LINES[name]} == dict(LINES[name])
 
 
 @pytest.mark.parametrize("path", SHAPES, ids=lambda p: p.stem)
@@ -902,6 +936,85 @@ def test_pin_of_a_patched_file_keeps_what_was_changed_by_hand(script, tmp_path):
     script.write_bytes(original)
     assert run_tool(script, "--patch", ready).returncode == 0
     assert script.read_bytes() == observed
+
+
+BESIDE = """import torch
+from {module} import Paced
+model = torch.nn.Linear(1, 1)
+opt = Paced(torch.optim.SGD(model.parameters(), 1))
+for step in range(9):
+    {first}
+    loss = model(torch.zeros(1)).sum()
+    loss.backward()
+    opt.{method}()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "first", "method", "reason"),
+    [
+        ("parts.pace", "pass", "step_and_update_lr", "Paced has no state_dict to save"),
+        ("elsewhere", "pass", "step_and_update_lr", ""),
+        ("elsewhere", "pass", "second_step", "whose state its state_dict may leave out"),
+        ("elsewhere", "opt.base_optimizer.zero_grad()", "second_step", ""),
+    ],
+)
+def test_an_imported_optimizer_is_resumed_unless_something_is_known_against_it(
+    tmp_path, module, first, method, reason
+):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "pace.py").write_text("class Paced:\n    def step(self): pass\n")
+    source = BESIDE.format(module=module, first=first, method=method)
+    _, found = autopatch.patch(source.encode(), folder=tmp_path)
+    assert [note.text.endswith(reason) for note in found.notes] == [True] * bool(reason)
+
+
+def test_resume_is_left_out_where_a_line_would_be_too_wide_to_carry():
+    source = (TESTS / "shapes" / "branches_both_step.py").read_text()
+    result, found = patch(source.replace("updates", "updates_" + "x" * 20).encode())
+    assert found.parts["resume"] == "no"
+    assert "no room to carry self.updates_x" in found.notes[0].text
+    assert max(map(len, added(result))) <= 100
+
+
+FILLS = """import torch
+model = torch.nn.Linear(1, 1)
+opt = torch.optim.SGD(model.parameters(), 1)
+state = dict(model=model, optimizer=opt, step=0)
+batches = iter(loader)
+def draw(batches):
+    return next(batches)
+def train(seen):
+    for step in range(9):
+        {first}
+        loss = model({read}).sum()
+        loss.backward()
+        {step}.step()
+seen = []
+train(seen)
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "read", "step", "reason"),
+    [
+        ("pass", "torch.zeros(1)", "opt", ""),
+        ("pass", "torch.zeros(1)", 'state["optimizer"]', ""),
+        ("pass", "draw(batches)", "opt", "next() is called in the middle"),
+        ("seen.append(step)", "torch.zeros(1)", "opt", "seen is filled here for the caller"),
+        (
+            'state["step"] += 1',
+            "torch.zeros(1)",
+            'state["optimizer"]',
+            "state changes beside model",
+        ),
+    ],
+)
+def test_resume_is_left_out_where_no_line_could_give_the_state_back(first, read, step, reason):
+    source = FILLS.format(first=first, read=read, step=step)
+    result, found = patch(source.encode())
+    assert b"obs.watch(model, optimizer=opt)" in result
+    assert [reason in note.text for note in found.notes] == [True] * bool(reason)
 
 
 SOURCES = """import torch
