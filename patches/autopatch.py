@@ -577,9 +577,6 @@ def several_runs(n: TrainingLoop) -> Iterator[Note]:
     """`for fold in folds: train(fold)`: which of them a checkpoint is of, nothing says."""
     if n.nest.doubtful:
         yield refusal(n.inner, n.nest.doubtful)
-    if n.loops != n.nest.loops:
-        text = "several trainings, one after the other, in this loop"
-        yield refusal(n.nest.loops[0], text)
     if n.several:
         yield refusal(n.outer, "several training loops in one file")
     if not n.script.own_line(n.inner.body[0]):
@@ -593,13 +590,18 @@ def several_processes(n: TrainingLoop) -> Iterator[Note]:
 
 
 def no_model(n: TrainingLoop) -> Iterator[Note]:
-    if not n.again and not n.models:
+    if not (n.again or n.models or any(optimizer_made_again(n))):
         yield refusal(n.outer, "no model was found that is bound before this loop")
 
 
 def no_optimizer(n: TrainingLoop) -> Iterator[Note]:
-    if not n.again and n.optimizers and not n.visible_optimizers:
-        yield refusal(n.outer, "the optimizer has no name before this loop")
+    """`if a: opt = Adam(…)`, `elif b: opt = SGD(…)`, or one that the script gives no name."""
+    if n.again or n.visible_optimizers or any(optimizer_made_again(n)):
+        return
+    for name in n.optimizers[:1]:
+        bindings = n.script.bindings.get(name, [])
+        why = f"{name} is not bound on every path to this loop" if bindings else ""
+        yield refusal(n.outer, why or "the optimizer has no name before this loop")
 
 
 def state_outside(n: TrainingLoop) -> Iterator[Note]:
@@ -674,11 +676,16 @@ def average_by_hand(n: TrainingLoop) -> Iterator[Note]:
 
 
 def optimizer_made_again(n: TrainingLoop) -> Iterator[Note]:
-    """`if epoch == 10: optimizer = SGD(…)`: which of them a checkpoint is of, nothing says."""
-    for name in n.optimizers:
-        for binding in n.script.bindings.get(name, []):
-            if binding.stmt in own_set(n.outer):
-                yield refusal(binding.stmt, f"{name} is made again inside the loop")
+    """`if epoch == 10: optimizer = SGD(…)`, or `optimizer = SGD(…)` in a function that is called
+    for each epoch: which of them a checkpoint is of, nothing says."""
+    inside = own_set(n.nest.loops[0]).union(*map(own_set, n.loops))
+    functions = {n.script.scope_of(x) for x in n.loops} - {n.script.scope_of(n.nest.loops[0])}
+    for binding in (b for name in n.optimizers for b in n.made_by_calls(name)):
+        if binding.stmt in inside:
+            yield refusal(binding.stmt, f"{binding.name} is made again inside the loop")
+        elif binding.scope in functions:
+            where = f"{getattr(binding.scope, 'name', '')}(), which a loop calls"
+            yield refusal(binding.stmt, f"{binding.name} is made in each call of {where}")
 
 
 def optimizer_without_state(n: TrainingLoop) -> Iterator[Note]:
@@ -769,14 +776,16 @@ def evaluated(n: TrainingLoop) -> Found:
 
 
 def _evaluates(n: TrainingLoop, call: ast.Call) -> bool:
-    """Named like an evaluation, and called from the loops or behind them."""
+    """Named like an evaluation, and called from the loops or behind them; it does not train."""
     name, scope = called(call), n.script.scope_of(call)
     scopes = {n.script.scope_of(loop) for loop in n.nest.loops}
     if not EVAL_NAME.search(name) or NOT_EVAL_NAME.search(name) or scope not in scopes:
         return False
     if n.script.resolve(call.func).startswith(("torch.", "numpy.")):
         return False
-    return n.holds(call) or (scope is n.outer_scope and call.lineno > n.outer.lineno)
+    first = n.nest.loops[0] if n.again else n.outer
+    behind = scope is n.script.scope_of(first) and call.lineno > first.lineno
+    return (n.holds(call) or behind) and n.script.definition(call) not in scopes
 
 
 def _recorded(n: TrainingLoop, call: ast.Call) -> list[Insertion | Note]:
@@ -802,11 +811,11 @@ def _missed(where: ast.AST, why: str) -> Note:
 
 
 def _is_open(n: TrainingLoop, call: ast.Call) -> bool:
-    """In the block that `finish` ends, or in one within it."""
+    """In the block that `finish` ends, or in one within it; all is, where the exit ends the run."""
     outer = n.script.parent[n.outer]
     while isinstance(outer, (*WITHS, *LOOPS, ast.Try)):
         outer = n.script.parent[outer]
-    return n.script.inside(call, outer)
+    return n.again or n.script.inside(call, outer)
 
 
 def _is_of_other_data(call: ast.Call, names: list[str]) -> bool:

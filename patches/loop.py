@@ -356,19 +356,21 @@ class TrainingLoop:
     # -- the loops
     @cached_property
     def loops(self) -> tuple[Loop, ...]:
-        """The loops of one run: those outside of which the optimizer is made."""
-        made = [b for name in self.optimizers for b in self.script.bindings.get(name, [])]
+        """The loops of one run: each turn of a loop that makes all anew is a run of its own."""
         loops = self.nest.loops
-        while len(loops) > 1 and any(self._is_made_within(b, loops) for b in made):
+        while len(loops) > 1 and self._makes_all_anew(*loops[:2]):
             loops = loops[1:]
         return loops
 
-    def _is_made_within(self, made: Binding, loops: Sequence[Loop]) -> bool:
-        """Made inside the outermost of these loops, or in a function that this loop calls."""
-        callees = {self.script.scope_of(loop) for loop in loops[1:]}
-        return made.stmt in own_set(loops[0]) or (
-            made.scope in callees - {self.script.scope_of(loops[0])}
-        )
+    def _makes_all_anew(self, loop: Loop, inner: Loop) -> bool:
+        """`for fold in folds: optimizer = SGD(…)`, which nothing before that loop has made."""
+        before, here = self.script.bound(self.script.home[loop]), own_set(loop)
+        made = [name for name in self.optimizers for b in self.made_by_calls(name) if b.stmt in here]
+        return inner in here and any(name not in before for name in made)
+
+    def made_by_calls(self, name: str) -> list[Binding]:
+        """Not `optimizer = optimizers[0]`, which makes nothing."""
+        return [b for b in self.script.bindings.get(name, []) if any(makers(b.value))]
 
     @property
     def inner(self) -> Loop:
@@ -394,12 +396,10 @@ class TrainingLoop:
     def at_start(self) -> Names:
         return self.script.bound(self.start)
 
-    @cached_property
+    @property
     def again(self) -> bool:
-        """Another loop calls this one again and again: all of it is one run, that the exit ends."""
-        whole = self.script.scope_of(self.nest.loops[0])
-        in_part = self.loops != self.nest.loops and whole != self.outer_scope
-        return bool(self.nest.doubtful) or in_part
+        """This loop is run again and again: all of it is one run, that the exit ends."""
+        return bool(self.nest.doubtful)
 
     @property
     def last_site(self) -> int:

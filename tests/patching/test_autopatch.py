@@ -30,6 +30,7 @@ GOLDEN = {
     "accumulation_remainder": ("yes", "none seen", "yes", "loss=loss * args.accumulation_steps"),
     "amp_flag": ("yes", "none seen", "yes", "loss=loss"),
     "bptt_manual_sgd": ("yes", "yes", "yes", "loss=loss"),
+    "branch_per_rank": ("yes", "none seen", "yes", "loss=loss_gen, loss_disc=loss_disc"),
     "callable_trainer": ("yes", "none seen", "yes", "step, loss=loss, batch=x"),
     "counted_in_tokens": ("yes", "none seen", "no", "loss=loss, batch=batch"),
     "epoch_function": ("yes", "yes", "yes", "loss=loss, batch=data"),
@@ -48,8 +49,9 @@ GOLDEN = {
     "nested_main": ("yes", "yes", "yes", "step, loss=loss"),
     "optim_shadowed": ("yes", "none seen", "yes", "total_steps, loss=loss"),
     "optimizer_branches": ("yes", "none seen", "yes", "loss=loss"),
-    "optimizer_per_call": ("yes", "none seen", "no", "loss=loss, batch=x"),
+    "optimizer_per_call": ("yes", "yes", "no", "loss=loss, batch=x"),
     "optimizer_remade": ("yes", "none seen", "no", "epoch, loss=loss"),
+    "optimizer_switched": ("yes", "yes", "no", "loss=loss, batch=data"),
     "own_checkpoint": ("yes", "yes", "yes", "loss=loss, batch=images"),
     "phases": ("yes", "yes", "yes", "loss=loss, batch=inputs"),
     "reinforce": ("yes", "none seen", "no", "i_episode"),
@@ -262,6 +264,25 @@ def test_step_uses_only_values_that_are_sure(before, after, expected):
 def test_any_use_of_the_name_obs_counts(line):
     data = (TESTS / "shapes" / "nameless_loss.py").read_bytes()
     assert "import observability  # observability" in added(patch(data + line + b"\n")[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("optimizer_per_call", "optim is made in each call of train_model(), which a loop calls"),
+        ("optimizer_switched", "optimizer is made again inside the loop"),
+        ("optimizer_remade", "optimizer is made again inside the loop"),
+    ],
+)
+def test_why_a_resume_is_left_out_is_said_once_and_truly(name, why):
+    _, found = patch((TESTS / "shapes" / f"{name}.py").read_bytes())
+    assert [note.text for note in found.notes] == [f"resume is left out: {why}"]
+
+
+def test_an_optimizer_that_not_every_path_makes_is_said_to_be_so():
+    source = LOOP.format(before="pass", after="pass").replace("opt =", "if w:\n    opt =")
+    why = "opt is not bound on every path to this loop"
+    assert f"resume is left out: {why}" in [n.text for n in patch(source.encode())[1].notes]
 
 
 # --- Any spelling of a file ------------------------------------------------------------------
