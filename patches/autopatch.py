@@ -39,7 +39,6 @@ from lines import (
     PatchError,
     apply_pinned,
     compiled,
-    ends_a_line,
     is_marked,
     marked_numbers,
     parse_error,
@@ -371,10 +370,7 @@ def finished(n: TrainingLoop) -> Iterator[Insertion]:
     while isinstance(owner, (*WITHS, ast.Try)):
         block, owner = n.script.home[owner].block, n.script.parent[owner]
     spot = Spot(block, len(block) - isinstance(block[-1], EXITS))
-    line = n.script.line_of(spot) or 0
-    # Behind a last line that does not end, the patch would change that line.
-    unended = line > len(n.script.lines) and not ends_a_line(n.script.data)
-    if not isinstance(owner, LOOPS) and not unended and not n.again:
+    if not isinstance(owner, LOOPS) and not n.again:
         yield from n.add(spot, "finish", f"{n.obs}.finish()")
 
 

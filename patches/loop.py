@@ -365,8 +365,8 @@ class TrainingLoop:
     def _makes_all_anew(self, loop: Loop, inner: Loop) -> bool:
         """`for fold in folds: optimizer = SGD(…)`, which nothing before that loop has made."""
         before, here = self.script.bound(self.script.home[loop]), own_set(loop)
-        made = [name for name in self.optimizers for b in self.made_by_calls(name) if b.stmt in here]
-        return inner in here and any(name not in before for name in made)
+        made = [b for name in self.optimizers for b in self.made_by_calls(name) if b.stmt in here]
+        return inner in here and any(b.name not in before for b in made)
 
     def made_by_calls(self, name: str) -> list[Binding]:
         """Not `optimizer = optimizers[0]`, which makes nothing."""

@@ -339,6 +339,16 @@ def test_loop_at_the_very_end_without_a_newline_reverses():
     assert autopatch.reverse(result) == data
 
 
+def test_a_script_whose_last_line_does_not_end_is_closed_all_the_same(script):
+    data = (TESTS / "shapes" / "zero_based.py").read_bytes().rstrip(b"\n")
+    script.write_bytes(data)
+    run_tool(script, "--write")
+    done = python(script, cwd=script.parent)
+    assert "completed at step 7" in done.stderr, done.stderr
+    run_tool(script, "--reverse")
+    assert script.read_bytes() == data
+
+
 @pytest.mark.parametrize("body", ["opt.step()", "x = 1; opt.step()"])
 def test_one_line_loop_has_no_room_and_says_so(body):
     start = "import torch\nopt = torch.optim.SGD([torch.zeros(1)], 1)\n"
