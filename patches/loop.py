@@ -300,7 +300,7 @@ def _ways(script: Script, node: ast.AST, seen: tuple[ast.AST, ...]) -> list[Way]
             ways += _ways(script, call, (*seen, scope))
     if not loops:
         return ways
-    doubt = _perhaps_called(script, scope)
+    doubt = _perhaps_called(script, scope) or _is_an_epoch(script, loops)
     if len({tuple(outer) for _, outer, _ in ways}) > 1:
         doubt = "the training function is called from several loops"
     return [(node, loops + (ways[0][1] if ways else []), doubt)]
@@ -312,6 +312,22 @@ def _perhaps_called(script: Script, scope: Scope) -> str:
         same = method_call(call)[1] == getattr(scope, "name", "") and arguments(call)
         if same and script.loops_around(call) and not script.definition(call):
             return f"line {call.lineno} may call this training several times"
+    return ""
+
+
+EPOCH_FUNCTION = re.compile(r"epoch(?!s)|^update|step$", re.I)
+EPOCH_NUMBER = re.compile(r"^(?:cur\w*_|i_?)?epoch(?:_(?:num\w*|i|id|idx|index|no))?$", re.I)
+
+
+def _is_an_epoch(script: Script, loops: Sequence[Loop]) -> str:
+    """`def train_one_epoch(…, epoch)` of an engine: the loop over the epochs is in another file."""
+    scope = script.scope_of(loops[0])
+    if not isinstance(scope, FUNCTIONS) or script.callers(scope):
+        return ""
+    counted = {name for loop in loops for name in loads(walk(getattr(loop, "iter", loop.body[0])))}
+    given = [name for name in script.parameters(scope) if EPOCH_NUMBER.search(name)]
+    if EPOCH_FUNCTION.search(scope.name) or any(name not in counted for name in given):
+        return f"{scope.name}() is called by another file, which has the loop over the epochs"
     return ""
 
 
@@ -495,13 +511,14 @@ class TrainingLoop:
 
     @cached_property
     def gate(self) -> str:
-        """`with accelerator.accumulate(model)`: it steps where the gradients are whole."""
+        """When it steps: `with accelerator.accumulate(model)`, where the gradients are whole;
+        `loss_scaler(loss, optimizer, update_grad=(i + 1) % k == 0)`, where that is true."""
         for parent, _ in self.script.above(self.nest.sites[-1]):
             for item in parent.items if isinstance(parent, WITHS) else []:
                 engine, method = method_call(item.context_expr)
                 if method == "accumulate" and engine:
                     return f"{engine}.sync_gradients"
-        return ""
+        return _said_to_scaler(self)
 
     @cached_property
     def ends(self) -> list[StepSpot | Note]:
@@ -584,6 +601,25 @@ def tests_around(n: TrainingLoop, site: ast.AST) -> list[tuple[ast.If, bool]]:
         for parent, child in reversed(inside)
         if isinstance(parent, ast.If) and not _always_steps(n, parent)
     ]
+
+
+def _said_to_scaler(n: TrainingLoop) -> str:
+    """`scaler(loss, optimizer, update_grad=i % k == 0)`, with `if i % k == 0: optimizer.step()`
+    in the other branch, if there is one."""
+    tests: set[str] = set()
+    branches: set[tuple[tuple[ast.If, bool], ...]] = set()
+    said = False
+    for site in n.nest.sites:
+        around, is_scaler = tests_around(n, site), SCALER_NAME.search(called(site))
+        given = getattr(site, "keywords", []) if is_scaler else []
+        own_test = [k.value for k in given if re.search("update", k.arg or "")]
+        said = said or bool(own_test)
+        own_test = own_test or [around.pop()[0].test] if around else own_test
+        tests |= {ast.unparse(test) for test in own_test if _is_pure(test, n.inner.body)} or {""}
+        branches.add(tuple(around))
+    whole = not any(branches) or [b[:-1] for b in branches] == [(), ()]
+    whole = whole and len({parent for b in branches for parent, _ in b}) <= 1
+    return tests.pop() if said and whole and len(tests) == 1 else ""
 
 
 def _always_steps(n: TrainingLoop, stmt: ast.stmt) -> bool:

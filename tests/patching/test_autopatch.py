@@ -16,6 +16,8 @@ from conftest import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import observability as obs
+
 TESTS = Path(__file__).resolve().parents[1]
 SHAPES = sorted((TESTS / "shapes").glob("*.py"))
 TOOL = TESTS.parent / "patches" / "autopatch.py"
@@ -33,6 +35,7 @@ GOLDEN = {
     "branch_per_rank": ("yes", "none seen", "yes", "loss=loss_gen, loss_disc=loss_disc"),
     "callable_trainer": ("yes", "none seen", "yes", "step, loss=loss, batch=x"),
     "counted_in_tokens": ("yes", "none seen", "no", "loss=loss, batch=batch"),
+    "engine_module": ("yes", "none seen", "no", "loss=loss * accumulate"),
     "epoch_function": ("yes", "yes", "yes", "loss=loss, batch=data"),
     "fabric": ("yes", "yes", "yes", "iter_num, loss=loss"),
     "full_batch_globals": ("yes", "yes", "yes", "epoch"),
@@ -283,6 +286,41 @@ def test_an_optimizer_that_not_every_path_makes_is_said_to_be_so():
     source = LOOP.format(before="pass", after="pass").replace("opt =", "if w:\n    opt =")
     why = "opt is not bound on every path to this loop"
     assert f"resume is left out: {why}" in [n.text for n in patch(source.encode())[1].notes]
+
+
+def test_the_epochs_that_another_file_counts_are_one_run_of_the_optimizers_own_steps(script):
+    script.write_bytes((TESTS / "shapes" / "engine_module.py").read_bytes())
+    run_tool(script, "--write")
+    done = python(script, cwd=script.parent)
+    [run] = script.parent.glob("out/*")
+    rows = [row for row in obs.read_run(run) if "loss/train" in row["metrics"]]
+    micro = [line.split() for line in done.stdout.splitlines() if line.startswith("micro")]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    said = [float(loss) for *_, at, loss in micro if at in "13"]
+    assert [row["metrics"]["loss/train"] for row in rows] == pytest.approx(said)
+
+
+ENGINE = """import torch
+def train(net, loader, optimizer, scaler, amp, k):
+    for i, (x, y) in enumerate(loader):
+        loss = net(x, y)
+        if amp:
+            scaler(loss, optimizer, update_grad={said})
+        else:
+            loss.backward()
+            if (i + 1) % k == 0:
+                optimizer.step()
+        print(i)
+train(*sys.argv)
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "sure"), [("(i + 1) % k == 0", True), ("i % k == 0", False)], ids=["same", "other"]
+)
+def test_a_scaler_is_told_when_to_step_as_the_other_branch_is(said, sure):
+    lines = added(patch(ENGINE.format(said=said).encode())[0])
+    assert any("if (i + 1) % k == 0: obs.step(loss=loss" in line for line in lines) is sure
 
 
 # --- Any spelling of a file ------------------------------------------------------------------

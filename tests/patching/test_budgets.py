@@ -21,7 +21,7 @@ SPEC.loader.exec_module(budgets)
 # What each may come to at most; behind it, what is asked for.
 LINES = {
     "autopatch.py": 850,  # 1050, with the facts of a loop, which are in loop.py
-    "loop.py": 730,
+    "loop.py": 770,
     "script.py": 410,  # 450
     "lines.py": 200,  # 200
 }
