@@ -79,7 +79,6 @@ from loop import (
     refusal,
 )
 from script import (
-    EXITS,
     FORS,
     IMPORTS,
     LOOPS,
@@ -96,6 +95,7 @@ from script import (
     dotted,
     is_range,
     last,
+    leaves,
     loads,
     makers,
     method_call,
@@ -364,14 +364,19 @@ def _loader(loop: Loop) -> str:
     return dotted(expr)
 
 
-def finished(n: TrainingLoop) -> Iterator[Insertion]:
+def finished(n: TrainingLoop) -> Found:
     """`obs.finish()` at the end of the block that holds the loop; at exit otherwise."""
     block, owner = n.start.block, n.script.parent[n.outer]
     while isinstance(owner, (*WITHS, ast.Try)):
         block, owner = n.script.home[owner].block, n.script.parent[owner]
-    spot = Spot(block, len(block) - isinstance(block[-1], EXITS))
-    if not isinstance(owner, LOOPS) and not n.again:
+    ends = leaves(block[-1]) and not isinstance(block[-1], ast.Raise)
+    spot = Spot(block, len(block) - ends)
+    if isinstance(owner, LOOPS) or n.again:
+        return
+    if n.script.reached(spot):
         yield from n.add(spot, "finish", f"{n.obs}.finish()")
+    else:
+        yield note(block[-1], "the last lines all leave; no obs.finish(), the run ends unfinished")
 
 
 # --- Rules: each step is recorded ------------------------------------------------------------
@@ -431,7 +436,7 @@ def _step(n: TrainingLoop, end: StepSpot) -> str:
     named = {key_of(loss.name): _as_number(n, loss) for loss in usable[:-1]}
     taken = {"step", "loss", "batch", "batches", "tokens", "samples", "carry", "last"}
     others = [f"{key}={code}" for key, code in named.items() if key not in taken]
-    needed = [*filter(None, [n.counter(bound)])]
+    needed = [*filter(None, [_number(n, end)])]
     needed += [f"loss={_as_number(n, loss)}" for loss in usable[-1:]]
     kept = [f'"{key}": {name}' for key, name in _unseen_by_step(n).items() if name in bound]
     ends = [f"carry={{{', '.join(kept)}}}"] * bool(kept)
@@ -442,6 +447,17 @@ def _step(n: TrainingLoop, end: StepSpot) -> str:
         for more in ([*others, *amount], others, amount, [])
     ]
     return next((code for code in codes if n.fits(end.spot, code)), codes[-1])
+
+
+def _number(n: TrainingLoop, end: StepSpot) -> str:
+    """The script's own count; none where it has yet to go up and, elsewhere, has done so."""
+    name = n.counter(n.script.bound(end.spot))
+    lines = [n.script.line_of(e.spot) or 0 for e in n.ends if isinstance(e, StepSpot)]
+    for binding in n.script.bindings.get(name, []):
+        is_count = isinstance(binding.stmt, ast.AugAssign)
+        if is_count and (n.script.line_of(end.spot) or 0) <= binding.stmt.lineno < max(lines):
+            return ""
+    return name
 
 
 def _left_out(n: TrainingLoop, spot: Spot) -> Iterator[Note]:

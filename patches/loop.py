@@ -258,7 +258,7 @@ def _update(call: ast.Call, roles: Roles, engines: set[str]) -> Update | None:
         return Update(call, given, dotted(call.func))
     if method not in {"step", "second_step", "step_and_update_lr"}:
         return None
-    if roles.optimizer(receiver):
+    if roles.optimizer(receiver) or method == "step_and_update_lr":
         holder = receiver.rpartition(".")[0]
         return Update(call, holder if roles.optimizer(holder) else receiver)
     plain = not re.search(r"scaler|accelerator|fabric", receiver, re.I)
@@ -300,7 +300,7 @@ def _ways(script: Script, node: ast.AST, seen: tuple[ast.AST, ...]) -> list[Way]
             ways += _ways(script, call, (*seen, scope))
     if not loops:
         return ways
-    doubt = _perhaps_called(script, scope) or _is_an_epoch(script, loops)
+    doubt = _perhaps_called(script, scope) or ("" if ways else _is_an_epoch(script, loops))
     if len({tuple(outer) for _, outer, _ in ways}) > 1:
         doubt = "the training function is called from several loops"
     return [(node, loops + (ways[0][1] if ways else []), doubt)]
@@ -321,13 +321,20 @@ EPOCH_NUMBER = re.compile(r"^(?:cur\w*_|i_?)?epoch(?:_(?:num\w*|i|id|idx|index|n
 
 def _is_an_epoch(script: Script, loops: Sequence[Loop]) -> str:
     """`def train_one_epoch(…, epoch)` of an engine: the loop over the epochs is in another file."""
-    scope = script.scope_of(loops[0])
-    if not isinstance(scope, FUNCTIONS) or script.callers(scope):
-        return ""
-    counted = {name for loop in loops for name in loads(walk(getattr(loop, "iter", loop.body[0])))}
-    given = [name for name in script.parameters(scope) if EPOCH_NUMBER.search(name)]
-    if EPOCH_FUNCTION.search(scope.name) or any(name not in counted for name in given):
-        return f"{scope.name}() is called by another file, which has the loop over the epochs"
+    tops, loaded = (
+        [script.scope_of(loops[0])],
+        own_all(getattr(x, "iter", x.body[0]) for x in loops),
+    )
+    for scope in tops:  # `train(epoch)` calls `self.iteration(epoch, …)`
+        calls = script.callers(scope) if isinstance(scope, FUNCTIONS) and len(tops) < 9 else []
+        tops += [script.scope_of(call) for call in calls]
+    counted = loads(loaded)
+    for scope in tops:
+        if isinstance(scope, ast.Module) or script.callers(scope):
+            continue
+        given = [name for name in script.parameters(scope) if EPOCH_NUMBER.search(name)]
+        if EPOCH_FUNCTION.search(scope.name) or any(name not in counted for name in given):
+            return f"{scope.name}() is called by another file, which has the loop over the epochs"
     return ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import symtable
 import sys
@@ -45,6 +46,7 @@ GOLDEN = {
     "interrupted_main": ("yes", "yes", "yes", "step, loss=loss, batch=x"),
     "layerwise": ("yes", "none seen", "no", "loss=loss"),
     "lbfgs": ("yes", "yes", "yes", "i"),
+    "leaves_before_the_count": ("yes", "none seen", "no", "self.step, batch=batch"),
     "loss_scaler": ("yes", "none seen", "yes", "loss=loss, batch=samples"),
     "match_phase": ("yes", "none seen", "yes", "step, loss=loss, batch=x"),
     "micro_steps": ("yes", "yes", "yes", "step, loss=loss * grad_accum_steps"),
@@ -321,6 +323,33 @@ train(*sys.argv)
 def test_a_scaler_is_told_when_to_step_as_the_other_branch_is(said, sure):
     lines = added(patch(ENGINE.format(said=said).encode())[0])
     assert any("if (i + 1) % k == 0: obs.step(loss=loss" in line for line in lines) is sure
+
+
+def test_a_step_before_an_early_return_has_a_date_of_its_own(script):
+    script.write_bytes((TESTS / "shapes" / "leaves_before_the_count.py").read_bytes())
+    run_tool(script, "--write")
+    python(script, cwd=script.parent)
+    [run] = script.parent.glob("out/*")
+    rows = [row["step"] for row in obs.read_run(run) if "lr" in row["metrics"]]
+    assert rows == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("end", "closed"),
+    [
+        ("if w:\n        return 1\n    else:\n        return 2", False),
+        ("if w:\n        return 1\n    return 2", True),
+        ("sys.exit(0)", True),
+    ],
+    ids=["both", "one", "exit"],
+)
+def test_a_run_is_closed_where_control_comes(end, closed):
+    rows = LOOP.format(before="pass", after="pass").splitlines()
+    source = "\n".join(["def main():", *indented([*rows, end])])
+    result, found = patch(source.encode())
+    assert ("obs.finish()  # observability" in added(result)) is closed
+    assert any("no obs.finish()" in note.text for note in found.notes) is not closed
+    assert not re.search(rb"sys.exit\(0\)\n.*finish", result)
 
 
 # --- Any spelling of a file ------------------------------------------------------------------

@@ -20,9 +20,9 @@ SPEC.loader.exec_module(budgets)
 
 # What each may come to at most; behind it, what is asked for.
 LINES = {
-    "autopatch.py": 850,  # 1050, with the facts of a loop, which are in loop.py
+    "autopatch.py": 870,  # 1050, with the facts of a loop, which are in loop.py
     "loop.py": 770,
-    "script.py": 410,  # 450
+    "script.py": 420,  # 450
     "lines.py": 200,  # 200
 }
 ALL_THREE = 2030  # 1500, of autopatch.py, loop.py and script.py
