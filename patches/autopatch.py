@@ -267,6 +267,14 @@ def where_to_look(script: Script, roles: Roles, updates: Sequence[Update]) -> st
             f"{script.name}:{updates[0].call.lineno}: an optimizer steps here, but no loop of "
             f"this file calls it; patch the script that has the loop"
         )
+    for call in script.calls:  # `step_fn = get_step_fn(…)`, and `loss = step_fn(state, batch)`
+        name = dotted(call.func)
+        for maker in script.made(name) if re.search("step|^train", name) else []:
+            if script.loops_around(call):
+                return (
+                    f"{script.name}:{call.lineno}: {name}() steps in this loop; what it trains is "
+                    f"known to {called(maker)}() alone, which makes it: add the lines by hand"
+                )
     files = dict.fromkeys(_trained_in(script, roles, call) for call in script.calls)
     if any(files):
         names = ", ".join(file for file in files if file)

@@ -470,6 +470,11 @@ def test_unreadable_script_is_an_error_with_its_place(data):
             r"engine\.py",
         ),
         (b"def update(opt):\n    opt.step()\n", "patch the script that has the loop"),
+        (
+            b"from losses import get_step_fn\nstep_fn = get_step_fn(optimizer)\n"
+            b"for x in loader:\n    loss = step_fn(x)\n",
+            r"train.py:4: step_fn\(\) steps in this loop.*get_step_fn",
+        ),
     ],
 )
 def test_nothing_to_patch_says_where_to_look(data, where):

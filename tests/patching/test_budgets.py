@@ -25,7 +25,7 @@ LINES = {
     "script.py": 420,  # 450
     "lines.py": 200,  # 200
 }
-ALL_THREE = 2030  # 1500, of autopatch.py, loop.py and script.py
+ALL_THREE = 2040  # 1500, of autopatch.py, loop.py and script.py
 LONGEST = 26
 NESTING = 4  # 3
 
