@@ -835,7 +835,8 @@ def _is_open(n: TrainingLoop, call: ast.Call) -> bool:
     outer = n.script.parent[n.outer]
     while isinstance(outer, (*WITHS, *LOOPS, ast.Try)):
         outer = n.script.parent[outer]
-    return n.again or n.script.inside(call, outer)
+    called_in_it = n.script.scope_of(call) is not n.outer_scope
+    return n.again or called_in_it or n.script.inside(call, outer)
 
 
 def _is_of_other_data(call: ast.Call, names: list[str]) -> bool:

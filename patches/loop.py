@@ -439,14 +439,19 @@ class TrainingLoop:
     @cached_property
     def visible_optimizers(self) -> list[str]:
         """Those of its names that are bound before the loop, else what else may be one of them."""
-        direct = [name for name in self.optimizers if name in self.at_start]
+        direct = [name for name in self.optimizers if name in self.at_start and self._is_here(name)]
         if direct and len(direct) == len(self.optimizers):
             return direct
         bindings, given = self.script.bindings, self.script.parameters(self.outer_scope)
-        seen = [name for name in bindings if name in self.at_start]
+        seen = [name for name in bindings if name in self.at_start and self._is_here(name)]
         made = [name for name in seen if self.roles.made_by(name, OPTIMIZER_CALL)]
         others = made or [name for name in given if "optim" in name.lower()]
         return list(dict.fromkeys([*direct, *others]))
+
+    def _is_here(self, name: str) -> bool:
+        """Not torch's own `optim`, which is an optimizer in another function."""
+        bindings = self.script.bindings.get(name, [])
+        return name not in self.script.imports or self.outer_scope in [b.scope for b in bindings]
 
     @cached_property
     def models(self) -> list[str]:

@@ -284,6 +284,11 @@ def test_why_a_resume_is_left_out_is_said_once_and_truly(name, why):
     assert [note.text for note in found.notes] == [f"resume is left out: {why}"]
 
 
+def test_torchs_own_optim_is_not_watched_for_an_optimizer_of_that_name():
+    lines = added(patch((TESTS / "shapes" / "optimizer_per_call.py").read_bytes())[0])
+    assert "obs.watch(model, loader=loader)  # observability" in lines
+
+
 def test_an_optimizer_that_not_every_path_makes_is_said_to_be_so():
     source = LOOP.format(before="pass", after="pass").replace("opt =", "if w:\n    opt =")
     why = "opt is not bound on every path to this loop"

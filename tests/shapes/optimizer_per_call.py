@@ -1,6 +1,6 @@
 """A function per epoch, each time with an optimizer of its own; the caller evaluates."""
 import torch
-from torch import nn
+from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
 torch.manual_seed(42)
