@@ -39,7 +39,6 @@ from lines import (
     PatchError,
     apply_pinned,
     compiled,
-    ends_a_line,
     is_marked,
     marked_numbers,
     parse_error,
@@ -85,7 +84,6 @@ from loop import (
     shown,
 )
 from script import (
-    EXITS,
     FORS,
     IMPORTS,
     LOOPS,
@@ -102,6 +100,7 @@ from script import (
     dotted,
     is_range,
     last,
+    leaves,
     loads,
     makers,
     method_call,
@@ -277,6 +276,14 @@ def where_to_look(script: Script, roles: Roles, updates: Sequence[Update]) -> st
             f"{script.name}:{updates[0].call.lineno}: an optimizer steps here, but no loop of "
             f"this file calls it; patch the script that has the loop"
         )
+    for call in script.calls:  # `step_fn = get_step_fn(…)`, and `loss = step_fn(state, batch)`
+        name = dotted(call.func)
+        for maker in script.made(name) if re.search("step|^train", name) else []:
+            if script.loops_around(call):
+                return (
+                    f"{script.name}:{call.lineno}: {name}() steps in this loop; what it trains is "
+                    f"known to {called(maker)}() alone, which makes it: add the lines by hand"
+                )
     files = dict.fromkeys(_trained_in(script, roles, call) for call in script.calls)
     if any(files):
         names = ", ".join(file for file in files if file)
@@ -383,17 +390,19 @@ def _loader(loop: Loop) -> str:
     return dotted(expr)
 
 
-def finished(n: TrainingLoop) -> Iterator[Insertion]:
+def finished(n: TrainingLoop) -> Found:
     """`obs.finish()` at the end of the block that holds the loop; at exit otherwise."""
     block, owner = n.start.block, n.script.parent[n.outer]
     while isinstance(owner, (*WITHS, ast.Try)):
         block, owner = n.script.home[owner].block, n.script.parent[owner]
-    spot = Spot(block, len(block) - isinstance(block[-1], EXITS))
-    line = n.script.line_of(spot) or 0
-    # Behind a last line that does not end, the patch would change that line.
-    unended = line > len(n.script.lines) and not ends_a_line(n.script.data)
-    if not isinstance(owner, LOOPS) and not unended and not n.again:
+    ends = leaves(block[-1]) and not isinstance(block[-1], ast.Raise)
+    spot = Spot(block, len(block) - ends)
+    if isinstance(owner, LOOPS) or n.again:
+        return
+    if n.script.reached(spot):
         yield from n.add(spot, "finish", f"{n.obs}.finish()")
+    else:
+        yield note(block[-1], "the last lines all leave; no obs.finish(), the run ends unfinished")
 
 
 # --- Rules: each step is recorded ------------------------------------------------------------
@@ -481,7 +490,7 @@ def _step(n: TrainingLoop, end: StepSpot, is_resumed: bool) -> str:
     names = {key_of(x.name): _as_number(n, x) for x in usable if x not in whole and x.name in bound}
     taken = {"step", "loss", "batch", "batches", "tokens", "samples", "carry", "last"}
     others = [f"{key}={code}" for key, code in names.items() if key not in taken]
-    needed = [*filter(None, [n.counter(bound)])]
+    needed = [*filter(None, [_number(n, end)])]
     needed += [f"loss={_as_number(n, loss)}" for loss in whole]
     kept = [f'"{key}": {name}' for key, name in _unseen_by_step(n).items() if name in bound]
     ends = [f"carry={{{', '.join(kept)}}}"] * bool(kept and is_resumed)
@@ -492,6 +501,17 @@ def _step(n: TrainingLoop, end: StepSpot, is_resumed: bool) -> str:
         for more in ([*others, *amount], others, amount, [])
     ]
     return next((code for code in codes if n.fits(end.spot, code)), codes[-1])
+
+
+def _number(n: TrainingLoop, end: StepSpot) -> str:
+    """The script's own count; none where it has yet to go up and, elsewhere, has done so."""
+    name = n.counter(n.script.bound(end.spot))
+    lines = [n.script.line_of(e.spot) or 0 for e in n.ends if isinstance(e, StepSpot)]
+    for binding in n.script.bindings.get(name, []):
+        is_count = isinstance(binding.stmt, ast.AugAssign)
+        if is_count and (n.script.line_of(end.spot) or 0) <= binding.stmt.lineno < max(lines):
+            return ""
+    return name
 
 
 def _left_out(n: TrainingLoop, end: StepSpot) -> Found:
@@ -646,9 +666,6 @@ def several_runs(n: TrainingLoop) -> Iterator[Note]:
     """`for fold in folds: train(fold)`: which of them a checkpoint is of, nothing says."""
     if n.nest.doubtful:
         yield refusal(n.inner, n.nest.doubtful)
-    if n.loops != n.nest.loops:
-        text = "several trainings, one after the other, in this loop"
-        yield refusal(n.nest.loops[0], text)
     if n.several:
         yield refusal(n.outer, "several training loops in one file")
     if not n.script.own_line(n.inner.body[0]):
@@ -668,13 +685,18 @@ def steps_in_helper(n: TrainingLoop) -> Iterator[Note]:
 
 
 def no_model(n: TrainingLoop) -> Iterator[Note]:
-    if not n.again and not n.models:
+    if not (n.again or n.models or any(optimizer_made_again(n))):
         yield refusal(n.outer, "no model was found that is bound before this loop")
 
 
 def no_optimizer(n: TrainingLoop) -> Iterator[Note]:
-    if not n.again and n.optimizers and not n.visible_optimizers:
-        yield refusal(n.outer, "the optimizer has no name before this loop")
+    """`if a: opt = Adam(…)`, `elif b: opt = SGD(…)`, or one that the script gives no name."""
+    if n.again or n.visible_optimizers or any(optimizer_made_again(n)):
+        return
+    for name in n.optimizers[:1]:
+        bindings = n.script.bindings.get(name, [])
+        why = f"{name} is not bound on every path to this loop" if bindings else ""
+        yield refusal(n.outer, why or "the optimizer has no name before this loop")
 
 
 def state_outside(n: TrainingLoop) -> Iterator[Note]:
@@ -772,11 +794,16 @@ def average_by_hand(n: TrainingLoop) -> Iterator[Note]:
 
 
 def optimizer_made_again(n: TrainingLoop) -> Iterator[Note]:
-    """`if epoch == 10: optimizer = SGD(…)`: which of them a checkpoint is of, nothing says."""
-    for name in n.optimizers:
-        for binding in n.script.bindings.get(name, []):
-            if binding.stmt in own_set(n.outer):
-                yield refusal(binding.stmt, f"{name} is made again inside the loop")
+    """`if epoch == 10: optimizer = SGD(…)`, or `optimizer = SGD(…)` in a function that is called
+    for each epoch: which of them a checkpoint is of, nothing says."""
+    inside = own_set(n.nest.loops[0]).union(*map(own_set, n.loops))
+    functions = {n.script.scope_of(x) for x in n.loops} - {n.script.scope_of(n.nest.loops[0])}
+    for binding in (b for name in n.optimizers for b in n.made_by_calls(name)):
+        if binding.stmt in inside:
+            yield refusal(binding.stmt, f"{binding.name} is made again inside the loop")
+        elif binding.scope in functions:
+            where = f"{getattr(binding.scope, 'name', '')}(), which a loop calls"
+            yield refusal(binding.stmt, f"{binding.name} is made in each call of {where}")
 
 
 def optimizer_without_state(n: TrainingLoop) -> Iterator[Note]:
@@ -963,7 +990,8 @@ def _evaluates(n: TrainingLoop, call: ast.Call) -> bool:
 def _is_seen(n: TrainingLoop, node: ast.AST) -> bool:
     """In the loops or behind them."""
     scope = n.script.scope_of(node)
-    behind = scope is n.outer_scope and getattr(node, "lineno", 0) > n.outer.lineno
+    first = n.nest.loops[0] if n.again else n.outer
+    behind = scope is n.script.scope_of(first) and getattr(node, "lineno", 0) > first.lineno
     return scope in {*map(n.script.scope_of, n.nest.loops)} and (n.holds(node) or behind)
 
 
@@ -979,8 +1007,10 @@ def _switches(node: ast.AST, to: str = "eval") -> bool:
 def _trains(n: TrainingLoop, call: ast.Call) -> bool:
     """`values, entropy = policy.evaluate_actions(states)`: what is back-propagated comes of it."""
     names, inner = {*names_given(n.script, call)}, own_set(n.inner)
-    helpers = [n.script.scope_of(update.call) for update in n.nest.updates]
-    if call in n.nest.sites or any(n.script.definition(call) is each for each in helpers):
+    helpers = {
+        n.script.scope_of(part) for part in (*n.nest.loops, *(u.call for u in n.nest.updates))
+    }
+    if call in n.nest.sites or n.script.definition(call) in helpers:
         return True
     made = [b for x in n.losses for name in x.reads for b in n.script.bindings.get(name, [])]
     read = loads(part for b in made if b.stmt in inner for part in walk(b.value))
@@ -1057,11 +1087,12 @@ def _missed(where: ast.AST, why: str) -> Note:
 
 
 def _is_open(n: TrainingLoop, node: ast.AST) -> bool:
-    """In the block that `finish` ends, or in one within it."""
+    """In the block that `finish` ends, or in one within it; all is, where the exit ends the run."""
     outer = n.script.parent[n.outer]
     while isinstance(outer, (*WITHS, *LOOPS, ast.Try)):
         outer = n.script.parent[outer]
-    return n.script.inside(node, outer)
+    called_in_it = n.script.scope_of(node) is not n.outer_scope
+    return n.again or called_in_it or n.script.inside(node, outer)
 
 
 def _is_of_other_data(call: ast.Call, names: list[str]) -> bool:

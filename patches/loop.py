@@ -264,7 +264,7 @@ def _update(call: ast.Call, roles: Roles, engines: set[str]) -> Update | None:
         return None
     if item := _item_of(call, roles):
         return Update(call, item)
-    if roles.optimizer(receiver):
+    if roles.optimizer(receiver) or method == "step_and_update_lr":
         holder = receiver.rpartition(".")[0]
         return Update(call, holder if roles.optimizer(holder) else receiver)
     plain = not re.search(r"scaler|accelerator|fabric", receiver, re.I)
@@ -328,7 +328,7 @@ def _ways(script: Script, node: ast.AST, seen: tuple[ast.AST, ...]) -> list[Way]
             ways += _ways(script, call, (*seen, scope))
     if not loops:
         return ways
-    doubt = _perhaps_called(script, scope)
+    doubt = _perhaps_called(script, scope) or ("" if ways else _is_an_epoch(script, loops))
     if len({tuple(outer) for _, outer, _ in ways}) > 1:
         doubt = "the training function is called from several loops"
     return [(node, loops + (ways[0][1] if ways else []), doubt)]
@@ -340,6 +340,29 @@ def _perhaps_called(script: Script, scope: Scope) -> str:
         same = method_call(call)[1] == getattr(scope, "name", "") and arguments(call)
         if same and script.loops_around(call) and not script.definition(call):
             return f"line {call.lineno} may call this training several times"
+    return ""
+
+
+EPOCH_FUNCTION = re.compile(r"epoch(?!s)|^update|step$", re.I)
+EPOCH_NUMBER = re.compile(r"^(?:cur\w*_|i_?)?epoch(?:_(?:num\w*|i|id|idx|index|no))?$", re.I)
+
+
+def _is_an_epoch(script: Script, loops: Sequence[Loop]) -> str:
+    """`def train_one_epoch(…, epoch)` of an engine: the loop over the epochs is in another file."""
+    tops, loaded = (
+        [script.scope_of(loops[0])],
+        own_all(getattr(x, "iter", x.body[0]) for x in loops),
+    )
+    for scope in tops:  # `train(epoch)` calls `self.iteration(epoch, …)`
+        calls = script.callers(scope) if isinstance(scope, FUNCTIONS) and len(tops) < 9 else []
+        tops += [script.scope_of(call) for call in calls]
+    counted = loads(loaded)
+    for scope in tops:
+        if isinstance(scope, ast.Module) or script.callers(scope):
+            continue
+        given = [name for name in script.parameters(scope) if EPOCH_NUMBER.search(name)]
+        if EPOCH_FUNCTION.search(scope.name) or any(name not in counted for name in given):
+            return f"{scope.name}() is called by another file, which has the loop over the epochs"
     return ""
 
 
@@ -384,19 +407,21 @@ class TrainingLoop:
     # -- the loops
     @cached_property
     def loops(self) -> tuple[Loop, ...]:
-        """The loops of one run: those outside of which the optimizer is made."""
-        made = [b for name in self.optimizers for b in self.script.bindings.get(name, [])]
+        """The loops of one run: each turn of a loop that makes all anew is a run of its own."""
         loops = self.nest.loops
-        while len(loops) > 1 and any(self._is_made_within(b, loops) for b in made):
+        while len(loops) > 1 and self._makes_all_anew(*loops[:2]):
             loops = loops[1:]
         return loops
 
-    def _is_made_within(self, made: Binding, loops: Sequence[Loop]) -> bool:
-        """Made inside the outermost of these loops, or in a function that this loop calls."""
-        callees = {self.script.scope_of(loop) for loop in loops[1:]}
-        return made.stmt in own_set(loops[0]) or (
-            made.scope in callees - {self.script.scope_of(loops[0])}
-        )
+    def _makes_all_anew(self, loop: Loop, inner: Loop) -> bool:
+        """`for fold in folds: optimizer = SGD(…)`, which nothing before that loop has made."""
+        before, here = self.script.bound(self.script.home[loop]), own_set(loop)
+        made = [b for name in self.optimizers for b in self.made_by_calls(name) if b.stmt in here]
+        return inner in here and any(b.name not in before for b in made)
+
+    def made_by_calls(self, name: str) -> list[Binding]:
+        """Not `optimizer = optimizers[0]`, which makes nothing."""
+        return [b for b in self.script.bindings.get(name, []) if any(makers(b.value))]
 
     @property
     def inner(self) -> Loop:
@@ -422,12 +447,10 @@ class TrainingLoop:
     def at_start(self) -> Names:
         return self.script.bound(self.start)
 
-    @cached_property
+    @property
     def again(self) -> bool:
-        """Another loop calls this one again and again: all of it is one run, that the exit ends."""
-        whole = self.script.scope_of(self.nest.loops[0])
-        in_part = self.loops != self.nest.loops and whole != self.outer_scope
-        return bool(self.nest.doubtful) or in_part
+        """This loop is run again and again: all of it is one run, that the exit ends."""
+        return bool(self.nest.doubtful)
 
     @property
     def last_site(self) -> int:
@@ -444,11 +467,16 @@ class TrainingLoop:
     @cached_property
     def visible_optimizers(self) -> list[str]:
         """Those of its names that are bound before the loop, else what else may be one of them."""
-        direct = [name for each in self.optimizers for name in self._outside_of_class(each, each)]
+        direct = [
+            name
+            for each in self.optimizers
+            for name in self._outside_of_class(each, each)
+            if self._is_here(name)
+        ]
         if direct and len(direct) == len(self.optimizers):
             return [*direct, *self._wrapped_by(direct)]
         bindings, given = self.script.bindings, self.script.parameters(self.outer_scope)
-        seen = [name for name in bindings if name in self.at_start]
+        seen = [name for name in bindings if name in self.at_start and self._is_here(name)]
         made = [name for name in seen if self.roles.made_by(name, OPTIMIZER_CALL)]
         others = made or [name for name in given if "optim" in name.lower()]
         return list(dict.fromkeys([*direct, *others]))
@@ -478,6 +506,11 @@ class TrainingLoop:
             for name in optimizers
             if owners & {*map(called, self.script.made(name))} or f"{name}.base_optimizer" in used
         ]
+
+    def _is_here(self, name: str) -> bool:
+        """Not torch's own `optim`, which is an optimizer in another function."""
+        bindings = self.script.bindings.get(name, [])
+        return name not in self.script.imports or self.outer_scope in [b.scope for b in bindings]
 
     @cached_property
     def models(self) -> list[str]:
@@ -557,13 +590,14 @@ class TrainingLoop:
 
     @cached_property
     def gate(self) -> str:
-        """`with accelerator.accumulate(model)`: it steps where the gradients are whole."""
+        """When it steps: `with accelerator.accumulate(model)`, where the gradients are whole;
+        `loss_scaler(loss, optimizer, update_grad=(i + 1) % k == 0)`, where that is true."""
         for parent, _ in self.script.above(self.nest.sites[-1]):
             for item in parent.items if isinstance(parent, WITHS) else []:
                 engine, method = method_call(item.context_expr)
                 if method == "accumulate" and engine:
                     return f"{engine}.sync_gradients"
-        return ""
+        return _said_to_scaler(self)
 
     @cached_property
     def ends(self) -> list[StepSpot | Note]:
@@ -647,6 +681,25 @@ def tests_around(n: TrainingLoop, site: ast.AST) -> Conditions:
         for parent, child in reversed(inside)
         if isinstance(parent, ast.If) and not _always_steps(n, parent)
     ]
+
+
+def _said_to_scaler(n: TrainingLoop) -> str:
+    """`scaler(loss, optimizer, update_grad=i % k == 0)`, with `if i % k == 0: optimizer.step()`
+    in the other branch, if there is one."""
+    tests: set[str] = set()
+    branches: set[tuple[tuple[ast.If, bool], ...]] = set()
+    said = False
+    for site in n.nest.sites:
+        around, is_scaler = tests_around(n, site), SCALER_NAME.search(called(site))
+        given = getattr(site, "keywords", []) if is_scaler else []
+        own_test = [k.value for k in given if re.search("update", k.arg or "")]
+        said = said or bool(own_test)
+        own_test = own_test or [around.pop()[0].test] if around else own_test
+        tests |= {ast.unparse(test) for test in own_test if _is_pure(test, n.inner.body)} or {""}
+        branches.add(tuple(around))
+    whole = not any(branches) or [b[:-1] for b in branches] == [(), ()]
+    whole = whole and len({parent for b in branches for parent, _ in b}) <= 1
+    return tests.pop() if said and whole and len(tests) == 1 else ""
 
 
 def _always_steps(n: TrainingLoop, stmt: ast.stmt) -> bool:

@@ -419,6 +419,11 @@ class Script:
         flow = self.flow(self.scope_of(spot.block[0]))
         return flow.before.get((id(spot.block), spot.index), frozenset()) - DEAD
 
+    def reached(self, spot: Spot) -> bool:
+        """Whether control comes to a spot: not behind an `if` and `else` that both return."""
+        flow = self.flow(self.scope_of(spot.block[0]))
+        return not flow.before.get((id(spot.block), spot.index), frozenset()) >= DEAD
+
     def at_end(self, block: list[ast.stmt]) -> Names:
         return self.bound(Spot(block, len(block)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import symtable
 import sys
@@ -15,6 +16,8 @@ import pytest
 from conftest import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import observability as obs
 
 TESTS = Path(__file__).resolve().parents[1]
 SHAPES = sorted((TESTS / "shapes").glob("*.py"))
@@ -32,9 +35,11 @@ GOLDEN = {
     "amp_flag": ("yes", "none seen", "yes", "loss=loss"),
     "average_before_wrap": ("yes", "none seen", "yes", "train_steps, loss=loss, batch=x"),
     "bptt_manual_sgd": ("yes", "yes", "yes", "loss=loss"),
+    "branch_per_rank": ("yes", "none seen", "yes", "loss=loss_gen, loss_disc=loss_disc"),
     "branches_both_step": ("yes", "none seen", "yes", "loss=loss, batch=x"),
     "callable_trainer": ("yes", "none seen", "yes", "step, loss=loss, batch=x"),
     "counted_in_tokens": ("yes", "none seen", "no", "loss=loss, batch=batch"),
+    "engine_module": ("yes", "none seen", "no", "loss=loss * accumulate"),
     "epoch_function": ("yes", "yes", "yes", "loss=loss, batch=data"),
     "fabric": ("yes", "yes", "yes", "iter_num, loss=loss"),
     "full_batch_globals": ("yes", "yes", "yes", "epoch"),
@@ -47,6 +52,7 @@ GOLDEN = {
     "interrupted_main": ("yes", "yes", "yes", "step, loss=loss, batch=x"),
     "layerwise": ("yes", "none seen", "no", "loss=loss"),
     "lbfgs": ("yes", "yes", "yes", "i"),
+    "leaves_before_the_count": ("yes", "none seen", "no", "self.step, batch=batch"),
     "loss_scaler": ("yes", "none seen", "yes", "loss=loss, batch=samples"),
     "match_phase": ("yes", "none seen", "yes", "step, loss=loss, batch=x"),
     "micro_steps": ("yes", "yes", "yes", "step, loss=train_loss"),
@@ -55,9 +61,10 @@ GOLDEN = {
     "next_in_micro_steps": ("yes", "none seen", "no", "loss=loss, batch=x"),
     "optim_shadowed": ("yes", "none seen", "yes", "total_steps, loss=loss"),
     "optimizer_branches": ("yes", "none seen", "yes", "loss=loss"),
-    "optimizer_per_call": ("yes", "none seen", "no", "loss=loss, batch=x"),
-    "optimizers_in_a_dict": ("yes", "none seen", "yes", "loss=loss, batch=x"),
+    "optimizer_per_call": ("yes", "yes", "no", "loss=loss, batch=x"),
     "optimizer_remade": ("yes", "none seen", "no", "epoch, loss=loss"),
+    "optimizer_switched": ("yes", "yes", "no", "loss=loss, batch=data"),
+    "optimizers_in_a_dict": ("yes", "none seen", "yes", "loss=loss, batch=x"),
     "optional_total": ("yes", "none seen", "yes", "step, loss=loss, batch=x"),
     "own_checkpoint": ("yes", "yes", "yes", "loss=loss, batch=images"),
     "phases": ("yes", "yes", "yes", "loss=loss, batch=inputs"),
@@ -330,6 +337,92 @@ def test_an_evaluation_is_recorded_by_what_its_values_are_called(name, lines):
     assert [i.code for i in found.insertions if i.kind == "validation"] == lines
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("optimizer_per_call", "optim is made in each call of train_model(), which a loop calls"),
+        ("optimizer_switched", "optimizer is made again inside the loop"),
+        ("optimizer_remade", "optimizer is made again inside the loop"),
+    ],
+)
+def test_why_a_resume_is_left_out_is_said_once_and_truly(name, why):
+    _, found = patch((TESTS / "shapes" / f"{name}.py").read_bytes())
+    assert [note.text for note in found.notes] == [f"resume is left out: {why}"]
+
+
+def test_torchs_own_optim_is_not_watched_for_an_optimizer_of_that_name():
+    lines = added(patch((TESTS / "shapes" / "optimizer_per_call.py").read_bytes())[0])
+    assert "obs.watch(model, loader=loader)  # observability" in lines
+
+
+def test_an_optimizer_that_not_every_path_makes_is_said_to_be_so():
+    source = LOOP.format(before="pass", after="pass").replace("opt =", "if w:\n    opt =")
+    why = "opt is not bound on every path to this loop"
+    assert f"resume is left out: {why}" in [n.text for n in patch(source.encode())[1].notes]
+
+
+def test_the_epochs_that_another_file_counts_are_one_run_of_the_optimizers_own_steps(script):
+    script.write_bytes((TESTS / "shapes" / "engine_module.py").read_bytes())
+    run_tool(script, "--write")
+    done = python(script, cwd=script.parent)
+    [run] = script.parent.glob("out/*")
+    rows = [row for row in obs.read_run(run) if "loss/train" in row["metrics"]]
+    micro = [line.split() for line in done.stdout.splitlines() if line.startswith("micro")]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    said = [float(loss) for *_, at, loss in micro if at in "13"]
+    assert [row["metrics"]["loss/train"] for row in rows] == pytest.approx(said)
+
+
+ENGINE = """import torch
+def train(net, loader, optimizer, scaler, amp, k):
+    for i, (x, y) in enumerate(loader):
+        loss = net(x, y)
+        if amp:
+            scaler(loss, optimizer, update_grad={said})
+        else:
+            loss.backward()
+            if (i + 1) % k == 0:
+                optimizer.step()
+        print(i)
+train(*sys.argv)
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "sure"), [("(i + 1) % k == 0", True), ("i % k == 0", False)], ids=["same", "other"]
+)
+def test_a_scaler_is_told_when_to_step_as_the_other_branch_is(said, sure):
+    lines = added(patch(ENGINE.format(said=said).encode())[0])
+    assert any("if (i + 1) % k == 0: obs.step(loss=loss" in line for line in lines) is sure
+
+
+def test_a_step_before_an_early_return_has_a_date_of_its_own(script):
+    script.write_bytes((TESTS / "shapes" / "leaves_before_the_count.py").read_bytes())
+    run_tool(script, "--write")
+    python(script, cwd=script.parent)
+    [run] = script.parent.glob("out/*")
+    rows = [row["step"] for row in obs.read_run(run) if "lr" in row["metrics"]]
+    assert rows == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("end", "closed"),
+    [
+        ("if w:\n        return 1\n    else:\n        return 2", False),
+        ("if w:\n        return 1\n    return 2", True),
+        ("sys.exit(0)", True),
+    ],
+    ids=["both", "one", "exit"],
+)
+def test_a_run_is_closed_where_control_comes(end, closed):
+    rows = LOOP.format(before="pass", after="pass").splitlines()
+    source = "\n".join(["def main():", *indented([*rows, end])])
+    result, found = patch(source.encode())
+    assert ("obs.finish()  # observability" in added(result)) is closed
+    assert any("no obs.finish()" in note.text for note in found.notes) is not closed
+    assert not re.search(rb"sys.exit\(0\)\n.*finish", result)
+
+
 # --- Any spelling of a file ------------------------------------------------------------------
 def plain_source() -> str:
     return (TESTS / "shapes" / "tuple_factory.py").read_text()
@@ -382,6 +475,16 @@ def test_loop_at_the_very_end_without_a_newline_reverses():
     result, _ = patch(data)
     assert b"obs.step(i)" in result
     assert autopatch.reverse(result) == data
+
+
+def test_a_script_whose_last_line_does_not_end_is_closed_all_the_same(script):
+    data = (TESTS / "shapes" / "zero_based.py").read_bytes().rstrip(b"\n")
+    script.write_bytes(data)
+    run_tool(script, "--write")
+    done = python(script, cwd=script.parent)
+    assert "completed at step 7" in done.stderr, done.stderr
+    run_tool(script, "--reverse")
+    assert script.read_bytes() == data
 
 
 @pytest.mark.parametrize("body", ["opt.step()", "x = 1; opt.step()"])
@@ -438,6 +541,11 @@ def test_unreadable_script_is_an_error_with_its_place(data):
             r"engine\.py",
         ),
         (b"def update(opt):\n    opt.step()\n", "patch the script that has the loop"),
+        (
+            b"from losses import get_step_fn\nstep_fn = get_step_fn(optimizer)\n"
+            b"for x in loader:\n    loss = step_fn(x)\n",
+            r"train.py:4: step_fn\(\) steps in this loop.*get_step_fn",
+        ),
     ],
 )
 def test_nothing_to_patch_says_where_to_look(data, where):

@@ -1,28 +1,42 @@
-"""A train() that is called per epoch, each time with an optimizer of its own."""
+"""A function per epoch, each time with an optimizer of its own; the caller evaluates."""
 import torch
-from torch import nn
+from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
-
 
 torch.manual_seed(42)
 model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.Linear(8, 1))
-data = TensorDataset(torch.randn(44, 4), torch.randn(44, 1))
-loader = DataLoader(data, batch_size=4, shuffle=True)
+loader = DataLoader(TensorDataset(torch.randn(32, 4), torch.randn(32, 1)), batch_size=4, shuffle=True)
+valid = DataLoader(TensorDataset(torch.randn(12, 4), torch.randn(12, 1)), batch_size=4)
+loss_fn = nn.functional.mse_loss
 seen = 0
 
 
-def train(lr):
+def train_model(model, loader):
     global seen
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    total = 0.0
+    optim = torch.optim.Adam(model.parameters(), lr=1e-2)
+    model.train()
     for x, y in loader:
-        loss = nn.functional.mse_loss(model(x), y)
-        optimizer.zero_grad()
+        optim.zero_grad()
+        loss = loss_fn(model(x), y)
         loss.backward()
-        optimizer.step()
+        optim.step()
         seen += 1
         print("train", seen, loss.item())
+        total += loss.item()
+    return total / len(loader)
+
+
+def eval_model(model, loader):
+    model.eval()
+    with torch.no_grad():
+        return sum(loss_fn(model(x), y).item() for x, y in loader) / len(loader)
 
 
 for epoch in range(2):
-    train(0.1 / (epoch + 1))
+    train_loss = train_model(model, loader)
+    val_loss = eval_model(model, valid)
+    print("val", seen, val_loss)
+test_loss = eval_model(model, valid)
+print("test", test_loss)
 print("final", sum(p.double().sum().item() for p in model.parameters()))
