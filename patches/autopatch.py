@@ -591,6 +591,7 @@ def batch_names(n: TrainingLoop) -> list[str]:
     results: set[str] = set()
     here = {*targets(loop), *written(loop.body)}
     for call in (node for node in own_all(loop.body) if isinstance(node, ast.Call)):
+        names += targets(n.script.stmt_of(call)) if called(call) == "next" else []
         each = {dotted(call.func), method_call(call)[0]} - {""}
         if each & {*n.models, *n.roles.modules} or any(map(MODEL.search, each)):
             given = [dotted(arg) for arg in call.args if isinstance(arg, ast.Name)]
@@ -1035,7 +1036,8 @@ def _regions(n: TrainingLoop) -> Iterator[list[ast.stmt]]:
         words = [*loads(parts), *(str(vars(part).get("value", "")) for part in parts)]
         nodes = list(own_all(stmts))
         works = any(isinstance(x, (*LOOPS, *WITHS)) for x in nodes)
-        held_out = any(map(HELD_OUT_WORD.search, loads(nodes)))
+        read = [name for name in loads(nodes) if last(name) not in ("eval", "train")]
+        held_out = any(map(HELD_OUT_WORD.search, read))
         valued = any(map(VALUE_NAME.search, words))
         if (_eval_mode(stmts) and (works or held_out or valued)) or (held_out and valued):
             yield stmts
