@@ -3209,7 +3209,7 @@ class CallSiteChecks:
         asked, loop = {*self._carried.asked, *self._carried.given}, self._loop
         skips = loop.epoch is not None, loop.batches > 0
         self._text = ScriptText(frames, self.root, asked, skips)
-        for sentence in self._text.lacks():
+        for sentence in self._text.lacks(names_of_watched(frames, self._watched)):
             self.note(sentence)
         for name in sorted(self._text.behind - self._carried.given.keys()):
             self.note(f"`{name}` changes behind step(); make that the last line of the iteration")
@@ -3584,8 +3584,17 @@ class ScriptText:
         self.tested = {name for loop in self.loops for name in loop.tested}
         self.left = {name for loop in innermost for name in loop.left} - asked
 
-    def lacks(self) -> Iterator[str]:
-        return (s for loop in self.loops for rule in LOOP_RULES for s in rule(loop, self.asked))
+    def lacks(self, watched: set[str]) -> Iterator[str]:
+        known = self.asked | watched
+        return (s for loop in self.loops for rule in LOOP_RULES for s in rule(loop, known))
+
+
+def names_of_watched(frames: Sequence[types.FrameType], watched: Watched) -> set[str]:
+    """`model = model.train()` names again what is saved anyway."""
+    sights = [dict(names_in(frame)) for frame in frames]
+    sights += [vars(sight["self"]) for sight in sights if hasattr(sight.get("self"), "__dict__")]
+    known = ids_of(watched)
+    return {name for sight in sights for name, value in sight.items() if id(value) in known}
 
 
 def loops_of(frame: types.FrameType, tree: Any) -> Iterator[ScriptLoop]:

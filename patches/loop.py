@@ -754,6 +754,8 @@ def _conditional_ends(n: TrainingLoop, way: Conditions) -> Ends:
     if not n.script.own_line(branch[0]) and pure:
         yield StepSpot(n.script.behind(outermost), _words(way), later)
         return
+    more = [s for s in rest[1:] if not isinstance(s, EXITS) and not {*own(s)} & known.keys()]
+    yield from (refusal(s, "more happens after the branch that steps, unseen") for s in more[:1])
     sites = [site for site in n.nest.sites if any(n.script.inside(site, s) for s in branch)]
     for end in _ends(n, branch, min(n.script.index_in(branch, site) for site in sites)):
         yield end._replace(last=end.last or later) if isinstance(end, StepSpot) else end
