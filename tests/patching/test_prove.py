@@ -229,7 +229,9 @@ CLOCKS = {
     ),
     "beside the folder": "    open('../beside.txt', 'w').write(str(step))\n",
     "by descriptor": "    os.write(1, f'at {step}\\n'.encode())\n",
-    "a heartbeat": "    threading.Timer(0.01, print, ['alive', time.time()]).start()\n",
+    "a heartbeat": (
+        "    threading.Timer(0.01, sys.stdout.write, [f'alive {time.time()}\\n']).start()\n"
+    ),
     "deaf to signals": "    signal.signal(signal.SIGTERM, lambda *_: None)\n",
     "padded": "    print(f'ms/batch {os.urandom(1)[0]:5d} |')\n",
     "once in a process": "    warning_once('deprecated')\n",
