@@ -231,7 +231,9 @@ def test_a_training_that_shuffles_is_the_same_whatever_is_installed(
 KILL_TIMER = """
 import ctypes, threading, time
 def kill():
-    while not (found := [t for t in threading.enumerate() if t.name == "observability"]):
+    def timers():  # one that is only about to start has no number yet
+        return [t for t in threading.enumerate() if t.name == "observability" and t.ident]
+    while not (found := timers()):
         time.sleep(0.001)
     ident = ctypes.c_ulong(found[0].ident)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(SystemExit))
