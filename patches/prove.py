@@ -532,6 +532,11 @@ class Copy:
         def left_out(folder: str, names: Sequence[str]) -> set[str]:
             return {name for name in names if name in NOT_COPIED or Path(folder, name) in links}
 
+        if home.is_relative_to(project.root):  # a copy would hold itself, until the disk is full
+            raise Unanswered(
+                f"{project.root} is to be copied, and the copies lie in it, in {home}; give the "
+                f"script a folder of its own (see --root), or set TMPDIR to another one"
+            )
         shutil.copytree(project.root, self.folder, symlinks=True, ignore=left_out)
         for there, here in links.items():
             here.symlink_to(there)
@@ -939,7 +944,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         report = prove(Options(**asked, args=given[cut + 1 :]))
     except (Unanswered, OSError) as error:  # a disk that is full, a folder that cannot be copied
-        report = {"verdict": "unanswered", "why": str(error)}
+        report = {"verdict": "unanswered", "why": str(error)[:1000]}
     except KeyboardInterrupt:
         report = {"verdict": "unanswered", "why": "it was interrupted"}
     if sys.stderr.isatty():  # the bar stays

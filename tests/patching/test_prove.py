@@ -757,3 +757,12 @@ def test_a_patched_shape_is_identical_and_resumes_where_it_offers_to(tmp_path, n
             assert resume["first_difference"]["kind"] == "line", resume
         else:
             assert resume["verdict"] == "identical", resume
+
+
+def test_a_folder_that_holds_the_temporary_one_is_not_copied_into_itself(tmp_path):
+    (tmp_path / "train.py").write_bytes(SHAPES["lbfgs"].read_bytes())
+    (tmp_path / "temporary").mkdir()
+    env = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    done = python(TOOLS / "prove.py", tmp_path / "train.py", env=env)
+    assert (done.returncode, "set TMPDIR to another" in done.stdout + done.stderr) == (2, True)
+    assert not list((tmp_path / "temporary").iterdir())
