@@ -2335,7 +2335,7 @@ def shown(value: Any) -> str:
 def attempt(call: Callable[[], R], otherwise: R) -> R:
     try:
         return call()
-    except Exception:  # a stranger's container or __str__
+    except Exception:  # strangers' code: how an object iterates, compares or shows itself
         return otherwise
 
 

@@ -281,13 +281,20 @@ def test_a_run_that_is_alive_is_refused_by_name_and_pid(script, wish):
 
 
 def test_a_worker_that_outlives_its_run_does_not_hold_it(script):
-    """A data loader's worker may hang on for a while after its parent was killed.
-
-    It sleeps longer than the resumed run takes, and then ends by itself: nobody waits for it.
-    """
-    forking = TRAINING.replace("while step", "if os.fork() == 0: time.sleep(9)\nwhile step", 1)
-    Script(script.folder, forking).killed(**AUTO, NAME="run", KILL_AT=3)
-    assert origin(Script(script.folder, TRAINING).run(**AUTO, NAME="run")) == "3"
+    """A data loader's worker may hang on for a while after its parent was killed: here, until the
+    run that goes on has ended."""
+    ended = script.folder / "ended"
+    worker = (
+        "if os.fork() == 0:\n"
+        f"    while not os.path.exists({str(ended)!r}): time.sleep(0.02)\n"
+        "    os._exit(0)\n"
+    )
+    forking = TRAINING.replace("while step", f"{worker}while step", 1)
+    try:
+        Script(script.folder, forking).killed(**AUTO, NAME="run", KILL_AT=3)
+        assert origin(Script(script.folder, TRAINING).run(**AUTO, NAME="run")) == "3"
+    finally:
+        ended.touch()
 
 
 # --- A folder of checkpoints that two runs share --------------------------------------------------

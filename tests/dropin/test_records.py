@@ -724,8 +724,7 @@ def test_a_journal_that_cannot_be_opened_is_said_and_the_rest_is_written(
     assert tensorboard_points(tmp_path / "tb") == [(1, "loss/train", 1.0)]
 
 
-# Longer than any test waits for a sink; its thread is a daemon, and ends with the tests.
-HANGS = "time.sleep(30)"
+HANGS = "threading.Event().wait()"  # for ever; its thread is a daemon, and ends with the tests
 
 
 @pytest.fixture
@@ -734,7 +733,7 @@ def stand_in(tmp_path, monkeypatch):
 
     def write(log: str) -> None:
         (tmp_path / "wandb.py").write_text(
-            "import time\nclass Client:\n def define_metric(self, *a, **k): pass\n"
+            "import threading\nclass Client:\n def define_metric(self, *a, **k): pass\n"
             f" def log(self, *a, **k): {log}\n def finish(self): pass\n"
             "def init(**k): return Client()\n"
         )

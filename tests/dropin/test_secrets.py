@@ -318,7 +318,7 @@ HARMLESS = {
     "keys": ["a", "b"],
     "passes": "cse,dce",
     "bypass": "no",
-    "compass": "north",
+    "surpass": "all",
     "secretary": "problem",
     "cookies_eaten": 3,
     "signature_len": 4,
